@@ -1,0 +1,257 @@
+"""Which files hold the documents, how they are compressed, and which slice they belong to.
+
+    sources = find_sources(["data/", "more/*.jsonl.zst"])      # sorted, each once
+    for block in read_blocks(sources[0], 16 << 20): ...        # decompressed, whole lines
+
+JSONL plain, .gz, .zst (any number of frames), .bz2, .xz, and "-" for standard input.
+Refuses inputs that match nothing, a file named twice, and a name that contradicts the content;
+a truncated or corrupt archive is a `Failure` that names the file, never a silent end.
+"""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import lzma
+import os
+import re
+import struct
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from data_tools.errors import Failure, UserError
+
+_MAGIC = {
+    "gz": b"\x1f\x8b",
+    "zst": b"\x28\xb5\x2f\xfd",
+    "bz2": b"BZh",
+    "xz": b"\xfd7zXZ\x00",
+    "parquet": b"PAR1",
+}
+_SUFFIXES = {
+    ".gz": "gz",
+    ".zst": "zst",
+    ".zstd": "zst",
+    ".bz2": "bz2",
+    ".xz": "xz",
+    ".parquet": "parquet",
+}
+_IN_FOLDERS = re.compile(
+    r"\.(jsonl|json|ndjson)(\.(gz|zst|zstd|bz2|xz))?$|\.parquet$", re.IGNORECASE
+)
+# RedPajama's slices as they appear in paths; the first match in the path wins.
+_SLICES = {
+    "common_crawl": r"common_?crawl|cc", "c4": "c4", "github": "github", "arxiv": "arxiv",
+    "book": "books?|pg19|gutenberg", "wikipedia": "wikipedia|wiki", "stackexchange": "stack_?exchange",
+}  # fmt: skip
+_SLICE = re.compile(
+    "|".join(f"(?P<{name}>(?<![a-z0-9])(?:{words})(?![a-z0-9]))" for name, words in _SLICES.items())
+)
+_V2_SLICE = re.compile(r"(?<![a-z])([a-z]{2})_(head|middle|tail)(?![a-z])")
+_READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file. `compression` is "", "gz", "zst", "bz2", "xz" or "parquet"."""
+
+    path: str
+    compression: str
+    size: int
+    mtime_ns: int
+    slice: str
+
+    @property
+    def divisible(self) -> bool:
+        """Whether it can be read from any byte on."""
+        return self.compression == "" and self.path != "-"
+
+
+def find_sources(inputs: Sequence[str]) -> list[Source]:
+    """Files, folders (searched through), globs and "-" to sources, in the order given."""
+    names: list[str] = []
+    for text in inputs:
+        if text == "-":
+            names.append(text)
+        elif os.path.isdir(text):
+            found = sorted(
+                str(p) for p in Path(text).rglob("*")
+                if p.is_file() and _IN_FOLDERS.search(p.name) and not p.name.startswith(".")
+            )  # fmt: skip
+            if not found:
+                raise UserError(
+                    f"folder {text} holds no .jsonl, .json or .parquet file (plain, .gz, .zst, .bz2, .xz): "
+                    "name one that does"
+                )
+            names += found
+        elif os.path.exists(text):
+            names.append(text)
+        else:
+            found = sorted(p for p in glob.glob(text, recursive=True) if os.path.isfile(p))
+            if not found:
+                raise UserError(
+                    f"input {text} matches no file: name a file, a folder, a glob or - for standard input"
+                )
+            names += found
+    if not names:
+        raise UserError("no input was given: name a file, a folder, a glob or - for standard input")
+    seen: dict[str, str] = {}
+    for name in names:
+        real = os.path.realpath(name) if name != "-" else "-"
+        if real in seen:
+            raise UserError(
+                f"input {name} is given twice (also as {seen[real]}): name every file once"
+            )
+        seen[real] = name
+    return [describe(name) for name in names]
+
+
+def describe(path: str) -> Source:
+    """Look at one file: size, compression (by its first bytes, checked against its name), slice."""
+    if path == "-":
+        return Source("-", "", 0, 0, "stdin")
+    try:
+        stat = os.stat(path)
+        with open(path, "rb") as stream:
+            head = stream.read(8)
+    except OSError as error:
+        raise UserError(
+            f"input {path} cannot be read ({error.strerror}): make it readable or leave it out"
+        ) from error
+    compression = next((name for name, magic in _MAGIC.items() if head.startswith(magic)), "")
+    if (
+        not compression
+        and len(head) >= 4
+        and 0x184D2A50 <= struct.unpack("<I", head[:4])[0] <= 0x184D2A5F
+    ):
+        compression = "zst"  # begins with a skippable frame
+    named = _SUFFIXES.get(os.path.splitext(path)[1].lower(), "")
+    if named != compression and named:
+        raise Failure(
+            f"{path} is named .{named} but "
+            + ("is empty" if not stat.st_size else f"begins with {head[:4].hex(' ')}")
+            + ": it is truncated, corrupt or misnamed"
+        )
+    return Source(path, compression, stat.st_size, stat.st_mtime_ns, slice_of_path(path))
+
+
+def slice_of_path(path: str) -> str:
+    """RedPajama's slice as the path tells it, or "unknown"."""
+    text = path.replace(os.sep, "/").lower()
+    v2 = _V2_SLICE.search(text.rsplit("/", 1)[-1])
+    if v2 and "/documents/" in text:
+        return f"v2_{v2[1]}_{v2[2]}"
+    # The file's own name says more than the folders above it, the nearest folder more than the root.
+    for part in reversed(text.split("/")):
+        match = _SLICE.search(re.sub(r"[_\-]+like", " like", part).replace("-", " "))
+        if match is None:
+            match = _SLICE.search(part.replace("_", " ").replace("-", " "))
+        if match:
+            return str(match.lastgroup)
+    return "unknown"
+
+
+def slice_of_document(document: dict) -> str | None:
+    """The slice a document names itself (RedPajama v1 and SlimPajama), or None."""
+    subset = document.get("red_pajama_subset")
+    meta = document.get("meta")
+    if isinstance(meta, dict):
+        subset = subset or meta.get("redpajama_set_name") or meta.get("source")
+    if not isinstance(subset, str):
+        return None
+    words = subset.removeprefix("RedPajama").lower().split("/", 1)[0]
+    match = _SLICE.fullmatch(words) or _SLICE.fullmatch({"commoncrawl": "cc"}.get(words, words))
+    return str(match.lastgroup) if match else None
+
+
+def open_stream(source: Source) -> BinaryIO:
+    """The decompressed bytes of a source. Reading may raise what `archive_errors` lists."""
+    if source.path == "-":
+        return sys.stdin.buffer
+    if source.compression == "gz":
+        return cast(BinaryIO, gzip.open(source.path, "rb"))
+    if source.compression == "bz2":
+        return cast(BinaryIO, bz2.open(source.path, "rb"))
+    if source.compression == "xz":
+        return cast(BinaryIO, lzma.open(source.path, "rb"))
+    if source.compression == "zst":
+        import zstandard
+
+        check_zstd_is_whole(source.path)
+        # 2 GiB windows (--long=31) are legal; the default refuses them above 128 MiB.
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        stream = open(source.path, "rb")
+        return cast(
+            BinaryIO, decompressor.stream_reader(stream, read_across_frames=True, closefd=True)
+        )
+    return open(source.path, "rb", buffering=0)
+
+
+def archive_errors() -> tuple[type[BaseException], ...]:
+    """What decompressors raise on truncated or corrupt input."""
+    import zstandard
+
+    return (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+
+
+def read_blocks(source: Source, block_bytes: int = _READ_BYTES) -> Iterator[bytes]:
+    """Decompressed content in pieces of at most `block_bytes`. Raises `Failure` naming a bad file."""
+    try:
+        with open_stream(source) as stream:
+            while block := stream.read(block_bytes):
+                yield block
+    except archive_errors() as error:
+        raise Failure(f"{source.path} is truncated or corrupt: {error}") from error
+
+
+def check_zstd_is_whole(path: str) -> None:
+    """Raise `Failure` if a .zst ends inside a frame.
+
+    The streaming decompressor takes the end of a truncated file for the end of the data, so the
+    frames are walked first, header by header (RFC 8878, section 3.1): no byte is decompressed.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as stream:
+        position = 0
+
+        def take(count: int) -> bytes:
+            nonlocal position
+            stream.seek(position)
+            data = stream.read(count)
+            position += count
+            if len(data) < count:
+                raise Failure(f"{path} is truncated: it ends at byte {size:,}, inside a zstd frame")
+            return data
+
+        while position < size:
+            start = position
+            magic = struct.unpack("<I", take(4))[0]
+            if 0x184D2A50 <= magic <= 0x184D2A5F:
+                position += struct.unpack("<I", take(4))[0]
+            elif magic == 0xFD2FB528:
+                flags = take(1)[0]
+                single = flags >> 5 & 1
+                take(
+                    (0 if single else 1)
+                    + (0, 1, 2, 4)[flags & 3]
+                    + ((1 if single else 0), 2, 4, 8)[flags >> 6]
+                )
+                last = False
+                while not last:
+                    header = int.from_bytes(take(3), "little")
+                    last, kind, length = bool(header & 1), header >> 1 & 3, header >> 3
+                    if kind == 3:
+                        raise Failure(
+                            f"{path} is corrupt: a reserved zstd block at byte {position - 3:,}"
+                        )
+                    position += 1 if kind == 1 else length  # a run-length block stores one byte
+                position += 4 if flags >> 2 & 1 else 0
+            else:
+                raise Failure(f"{path} is corrupt: no zstd frame begins at byte {start:,}")
+        if position > size:
+            raise Failure(f"{path} is truncated: it ends at byte {size:,} of at least {position:,}")

@@ -1,0 +1,164 @@
+"""Train a sentencepiece tokenizer: BPE, byte fallback, split digits, LLaMA-like defaults.
+
+    train_tokenizer(["corpus.jsonl"], "tokenizer.model", vocab_size=32000)
+
+The same inputs, options and seed give the same model on any number of cores. Refuses a vocabulary
+that the text cannot fill. A finished model with the same inputs and options is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_tools.corpus import Source, find_sources, slice_of_path
+from data_tools.documents import DEFAULT_TEXT_KEYS, parse_line
+from data_tools.errors import UserError
+from data_tools.files import atomic_write, checksum, read_json, write_json
+from data_tools.lines import read_lines
+from data_tools.receipt import command_line, versions
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What decides the model. `sample_bytes` of text are drawn, evenly over all documents."""
+
+    vocab_size: int
+    sample_bytes: int = 200_000_000
+    seed: int = 0
+    character_coverage: float = 0.99995
+    text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output: str | os.PathLike[str],
+    vocab_size: int,
+    *,
+    sample_bytes: int = 200_000_000,
+    seed: int = 0,
+    character_coverage: float = 0.99995,
+    text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS,
+) -> dict[str, Any]:
+    """Train and write `output` (a .model, or a prefix of one) and its receipt; returns the receipt.
+
+    `receipt["reused"]` is true when the model was already there. Raises `UserError`.
+    """
+    options = TrainingOptions(vocab_size, sample_bytes, seed, character_coverage, text_keys)
+    if vocab_size < 300:
+        raise UserError(
+            f"--vocab-size {vocab_size} leaves no room beside 256 bytes and 3 control tokens: write 300 or more"
+        )
+    model_path = Path(output) if str(output).endswith(".model") else Path(f"{output}.model")
+    receipt_file = model_path.with_suffix(".receipt.json")
+    sources = find_sources(inputs)
+    wanted = {
+        "inputs": [{"path": s.path, "size": s.size, "mtime_ns": s.mtime_ns} for s in sources],
+        "options": {**asdict(options), "text_keys": list(text_keys)},
+    }
+    if model_path.is_file() and receipt_file.is_file() and "-" not in inputs:
+        known = read_json(receipt_file)
+        unchanged = known.get("wanted") == wanted
+        if unchanged and known.get("model", {}).get("checksum") == checksum(model_path):
+            return {**known, "reused": True}
+    texts, slices = sample(sources, options)
+    model = _train(texts, options)
+    with atomic_write(model_path) as stream:
+        stream.write(model)
+    receipt = {
+        "format": 1,
+        "kind": "tokenizer",
+        "wanted": wanted,
+        "sample": {"documents": len(texts), "bytes": sum(map(len, texts)), "slices": slices},
+        "model": {
+            "path": str(model_path),
+            "hash": f"sha256:{hashlib.sha256(model).hexdigest()}",
+            "checksum": checksum(model_path),
+            "vocab_size": vocab_size,
+        },
+        "versions": versions(),
+        "command": command_line(),
+    }
+    write_json(receipt_file, receipt)
+    return {**receipt, "reused": False}
+
+
+def sample(
+    sources: Sequence[Source], options: TrainingOptions
+) -> tuple[list[bytes], dict[str, int]]:
+    """Documents drawn evenly until `sample_bytes` are full, and how many bytes each slice gave.
+
+    Every document gets a number from its text and the seed; the lowest numbers are kept. So the
+    draw needs one pass, bounded memory, and does not depend on the order of the files.
+    """
+    kept: list[tuple[int, bytes, str]] = []  # a heap with the highest number on top
+    size = 0
+    for source in sources:
+        for line in read_lines(source):
+            document = parse_line(line.data, options.text_keys)
+            if document.reason is not None:
+                continue
+            number = xxhash.xxh3_64_intdigest(document.text, seed=options.seed)
+            name = document.slice or slice_of_path(source.path)
+            heapq.heappush(kept, (-number, document.text, name))
+            size += len(document.text)
+            while size > options.sample_bytes and len(kept) > 1:
+                size -= len(heapq.heappop(kept)[1])
+    if not kept:
+        raise UserError("the inputs hold no text to train on: check --text-key and the files")
+    slices: dict[str, int] = {}
+    for _, text, name in kept:
+        slices[name] = slices.get(name, 0) + len(text)
+    return [text for _, text, _ in sorted(kept, reverse=True)], dict(sorted(slices.items()))
+
+
+def _sentences(texts: Sequence[bytes]) -> Iterator[str]:
+    """Lines, as LLaMA's tokenizer was trained; a newline becomes its byte token."""
+    for text in texts:
+        for line in text.decode().split("\n"):
+            # sentencepiece treats NUL and its own space mark specially while it trains.
+            line = line.replace("\0", "").replace("\u2581", "")
+            for start in range(0, len(line), 4000):
+                yield line[start : start + 4000]
+
+
+def _train(texts: Sequence[bytes], options: TrainingOptions) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=options.vocab_size,
+            character_coverage=options.character_coverage,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=True,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 20,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=os.cpu_count() or 1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"--vocab-size {options.vocab_size} does not suit this text: sentencepiece says {reason!r}; "
+            "write a smaller vocabulary or give more text"
+        ) from error
+    return model.getvalue()
