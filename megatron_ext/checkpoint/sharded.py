@@ -1,0 +1,144 @@
+"""Save and load over `megatron.core.dist_checkpointing`: written at any layout, read at any other.
+
+    save(run_dir, step, model, optimizer, record)
+    state = restore(run_dir, model, optimizer)        # None when the run has no checkpoint
+
+A save goes into a folder named `.unfinished`, gets its manifest last and is then renamed. Restore
+verifies every file before anything is read, and takes the next older checkpoint if one is damaged.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_ext.checkpoint import manifest
+from megatron_ext.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: list[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    record: dict[str, Any],
+) -> Path:
+    """Write the state after `step` steps; `record` (config, data, ...) becomes its run.json.
+
+    Every rank calls this. Returns the finished folder.
+    """
+    final = manifest.checkpoint_dir(run_dir, step)
+    folder = final.with_name(final.name + ".unfinished")
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(model, optimizer), str(folder))
+    if dist.get_rank() == 0:
+        manifest.write_json(folder / "run.json", {"step": step, **record})
+    dist.barrier()
+    # Each rank reads back its share of the files.
+    names = sorted(file.name for file in folder.iterdir())
+    mine = manifest.file_facts(folder, names[dist.get_rank() :: dist.get_world_size()])
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    if dist.get_rank() == 0:
+        files = {name: facts for part in gathered for name, facts in part.items()}
+        for name in files:
+            _sync(folder / name)
+        manifest.write_manifest(folder, dict(sorted(files.items())))
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+        folder.replace(final)
+        _sync(final.parent)
+    dist.barrier()
+    return final
+
+
+def restore(
+    run_dir: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer
+) -> Optional[dict[str, Any]]:
+    """Load the newest checkpoint that verifies into model and optimizer, in place.
+
+    Every rank calls this. Returns its run.json, or None when the run has none yet. Raises
+    UserError when there are checkpoints but none verifies.
+    """
+    checkpoint = newest_valid_everywhere(run_dir)
+    if checkpoint is None:
+        return None
+    state = _sharded_state(model, optimizer, loading=True)
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    model[0].load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    return json.loads((checkpoint / "run.json").read_text())
+
+
+def load_weights(
+    source: Path, model: list[torch.nn.Module], optimizer: Optional[MegatronOptimizer] = None
+) -> Path:
+    """Load only the weights of a checkpoint, or of the newest one of a run folder; the optimizer's
+    master weights, if given, follow. Returns the checkpoint. Raises UserError when there is none."""
+    checkpoint: Optional[Path] = source
+    if not (source / manifest.MANIFEST).is_file():
+        checkpoint = newest_valid_everywhere(source)
+    elif problems := manifest.verify(source):
+        raise UserError(f"{source} is damaged: {problems[0]}; choose another checkpoint")
+    if checkpoint is None:
+        raise UserError(f"{source} is neither a checkpoint nor a run folder that holds one")
+    loaded = dist_checkpointing.load(_sharded_state(model), str(checkpoint))
+    model[0].load_state_dict(loaded["model"])
+    if optimizer is not None:
+        optimizer.reload_model_params()
+    return checkpoint
+
+
+def newest_valid_everywhere(run_dir: Path) -> Optional[Path]:
+    """The newest checkpoint that verifies, as rank 0 sees it, told to every rank."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        checkpoint, problems = manifest.newest_valid(run_dir)
+        for problem in problems:
+            log.warning("damaged checkpoint: %s", problem)
+        if checkpoint is None and problems:
+            answer = [UserError(f"no checkpoint of {run_dir} verifies: {problems[0]}")]
+        else:
+            answer = [checkpoint]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
+
+
+def _sharded_state(
+    model: list[torch.nn.Module],
+    optimizer: Optional[MegatronOptimizer] = None,
+    loading: bool = False,
+) -> dict[str, Any]:
+    metadata = {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        # Any layout can read it; the other formats tie the file to the data-parallel split.
+        "distrib_optim_sharding_type": "fully_reshardable",
+    }
+    weights = model[0].sharded_state_dict(metadata=metadata)
+    state: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(
+            weights, is_loading=loading, metadata=metadata
+        )
+    return state
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

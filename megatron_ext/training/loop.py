@@ -1,0 +1,95 @@
+"""The loop: steps, log lines, validation, checkpoints, until the budget is spent or a signal comes.
+
+    done = train(config, here, model, optimizer, data, done_steps=0)
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from torch.utils.data import Dataset
+
+from megatron_ext.checkpoint import manifest, sharded
+from megatron_ext.config import Config
+from megatron_ext.data.blend import Layout, micro_batches
+from megatron_ext.training.journal import Journal
+from megatron_ext.training.step import Batch, evaluate_loss, train_step
+from megatron_ext.training.watch import StopSignals
+from megatron_ext.world import World
+
+log = logging.getLogger(__name__)
+
+
+class TooManySkips(RuntimeError):
+    """More steps in a row had a non-finite gradient than faults.max_consecutive_skips allows."""
+
+
+def train(
+    config: Config,
+    here: World,
+    model: list[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    data: tuple[Dataset, Dataset],
+    layout: Layout,
+    record: dict[str, Any],
+    done_steps: int,
+    signals: StopSignals,
+) -> int:
+    """Train from `done_steps` on; returns the steps done, all of them or those before a signal.
+
+    `record` goes into every checkpoint. Raises TooManySkips.
+    """
+    steps = config.training.steps
+    batches = TimedIterator(micro_batches(data[0], config, layout, done_steps, steps))
+    journal = Journal(config, here, done_steps)
+    done, saved, skips, stop = done_steps, done_steps, 0, False
+    while done < steps and not stop:
+        started, batches.waited = time.monotonic(), 0.0
+        result = train_step(
+            done, batches, model, optimizer, config, stop_requested=signals.received is not None
+        )
+        done, stop = done + 1, result.stop
+        journal.step(done, result, time.monotonic() - started, batches.waited)
+
+        skips = skips + 1 if result.skipped else 0
+        if skips > config.faults.max_consecutive_skips:
+            raise TooManySkips(
+                f"{skips} steps in a row had a non-finite gradient, the last at step {done}: "
+                "look at data and learning rate, then go on from the last checkpoint"
+            )
+        if (done % config.evaluation.interval == 0 or done == steps) and not stop:
+            held_out = micro_batches(data[1], config, layout, 0, config.evaluation.batches)
+            journal.validation(done, evaluate_loss(held_out, model, config, config.evaluation.batches))
+        if done % config.checkpoint.interval == 0 or done == steps or stop:
+            path = sharded.save(config.training.run_dir, done, model, optimizer, record)
+            saved = done
+            if here.is_main:
+                log.info("step %d  checkpoint %s", saved, path)
+                manifest.prune(
+                    config.training.run_dir,
+                    config.checkpoint.keep_last,
+                    config.checkpoint.keep_every,
+                )
+    journal.close()
+    return done
+
+
+class TimedIterator:
+    """An iterator that adds up, in `waited`, the seconds spent waiting for items."""
+
+    def __init__(self, items: Iterator[Batch]) -> None:
+        self.items = items
+        self.waited = 0.0
+
+    def __iter__(self) -> "TimedIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.monotonic()
+        try:
+            return next(self.items)
+        finally:
+            self.waited += time.monotonic() - started

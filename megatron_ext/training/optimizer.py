@@ -1,0 +1,32 @@
+"""AdamW over Megatron-Core's gradient buffers, its state divided over the data-parallel ranks when
+parallel.distributed_optimizer says so.
+
+    optimizer = build_optimizer(model, config)
+"""
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_ext.config import Config
+
+
+def build_optimizer(model: list[torch.nn.Module], config: Config) -> MegatronOptimizer:
+    """The optimizer of this rank's model chunks. One-dimensional weights (norms) are not decayed;
+    with precision.dtype=bf16 it keeps float32 master weights."""
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=config.optimizer.lr,
+        weight_decay=config.optimizer.weight_decay,
+        adam_beta1=config.optimizer.beta1,
+        adam_beta2=config.optimizer.beta2,
+        adam_eps=config.optimizer.eps,
+        clip_grad=config.optimizer.clip_grad,
+        bf16=config.precision.dtype == "bf16",
+        params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=False,
+    )
+    optimizer = get_megatron_optimizer(settings, model, use_gloo_process_groups=False)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
+    return optimizer

@@ -1,0 +1,151 @@
+"""One step: micro-batches forward and backward, gradient clip, optimizer, learning rate.
+
+    result = train_step(step, batches, model, optimizer, config)
+    result.loss, result.grad_norm, result.lr, result.skipped
+
+`model` is the list of model chunks of this pipeline stage, as Megatron-Core's schedules want it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_ext.config import Config
+
+Batch = dict[str, torch.Tensor]
+Batches = Iterator[Batch]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step was, the same on every rank."""
+
+    loss: float  # mean over the tokens of the global batch, in nats
+    grad_norm: float  # global 2-norm before clipping
+    lr: float
+    skipped: bool  # a non-finite gradient: weights were left as they were
+    stop: bool  # some rank was asked to stop
+
+
+def train_step(
+    step: int,
+    batches: Batches,
+    model: list[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    config: Config,
+    stop_requested: bool = False,
+) -> StepResult:
+    """Step number `step` (the first is 0): accumulate gradients, reduce, clip, update the weights.
+
+    `stop_requested` of any rank comes back as `result.stop` on all, so that they stop together.
+    """
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = forward_backward(batches, model, config)
+
+    optimizer.prepare_grads()
+    grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad or math.inf)
+    lr = learning_rate(step, config)
+    finite = math.isfinite(grad_norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step_with_ready_grads()
+
+    loss_sum, tokens, stop = _sum_over_ranks(losses, stop_requested)
+    return StepResult(loss_sum / tokens, grad_norm, lr, skipped=not finite, stop=stop > 0)
+
+
+def evaluate_loss(
+    batches: Batches, model: list[torch.nn.Module], config: Config, count: int
+) -> float:
+    """Mean loss in nats a token over `count` global batches, without gradients; equal on all ranks."""
+    for chunk in model:
+        chunk.eval()
+    totals = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(count):
+            loss_sum, tokens, _stop = _sum_over_ranks(
+                forward_backward(batches, model, config, forward_only=True)
+            )
+            totals += torch.tensor([loss_sum, tokens], dtype=torch.float64)
+    for chunk in model:
+        chunk.train()
+    return (totals[0] / totals[1]).item()
+
+
+def forward_backward(
+    batches: Batches, model: list[torch.nn.Module], config: Config, forward_only: bool = False
+) -> list[dict[str, torch.Tensor]]:
+    """All micro-batches of one global batch through this stage, in Megatron-Core's schedule for the
+    layout. Returns, on the last stage, a {"loss": [sum, tokens]} for each micro-batch."""
+    data_parallel_size = parallel_state.get_data_parallel_world_size()
+    return get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=batches if len(model) == 1 else [batches] * len(model),
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=config.training.global_batch_size
+        // (config.training.micro_batch_size * data_parallel_size),
+        seq_length=config.training.sequence_length,
+        micro_batch_size=config.training.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Learning rate of step `step` (the first is 0), a function of the step alone, so that a resumed
+    run needs no state for it."""
+    schedule, peak = config.schedule, config.optimizer.lr
+    warmup, total = schedule.warmup_steps, config.training.steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule.type == "constant":
+        return peak
+    after_warmup = total - warmup
+    default = max(1, total // 10) if schedule.type == "wsd" else after_warmup
+    length = schedule.decay_steps or default
+    # wsd decays at the end of the run; the others begin right after the warm-up
+    start = total - length if schedule.type == "wsd" else warmup
+    done = min(max((step - start) / length, 0.0), 1.0)
+    share = 0.5 * (1 + math.cos(math.pi * done)) if schedule.type == "cosine" else 1 - done
+    return schedule.min_lr + (peak - schedule.min_lr) * share
+
+
+def _forward_step(batches: Batches, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    device = torch.cuda.current_device()
+    batch = {name: x.to(device, non_blocking=True) for name, x in next(batches).items()}
+    # Positions 0, 1, 2, .. need not be said: the rotary module keeps their table.
+    output = model(batch["tokens"], position_ids=None, attention_mask=None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    # The sum, and the number of tokens beside it: Megatron-Core divides by the tokens of the whole
+    # global batch, so that a masked token weighs the same on every rank and in every micro-batch.
+    total = (losses.float() * loss_mask).sum()
+    tokens = loss_mask.sum()
+    return total, tokens.int(), {"loss": torch.stack([total.detach(), tokens])}
+
+
+def _sum_over_ranks(
+    losses: list[dict[str, torch.Tensor]], stop_requested: bool = False
+) -> tuple[float, float, float]:
+    """Loss sum, tokens and stop requests over the whole world: one small collective a step."""
+    numbers = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    # The last stage holds the losses, the same on each of its tensor-parallel ranks.
+    if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
+        numbers[:2] = torch.stack([entry["loss"] for entry in losses]).double().sum(0)
+    numbers[2] = float(stop_requested)
+    dist.all_reduce(numbers)
+    return tuple(numbers.tolist())  # type: ignore[return-value]

@@ -1,0 +1,123 @@
+"""Processes, device, process groups and seeds: the same code under plain `python`, `torchrun` and
+`srun`; NCCL on GPUs, gloo on CPUs.
+
+    with world(config) as here:
+        here.rank, here.size, here.device
+
+Refuses (UserError) a world that the layout does not divide.
+"""
+
+import datetime
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_ext import cpu
+from megatron_ext.config import Config
+from megatron_ext.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 speaks; the others write files."""
+        return self.rank == 0
+
+
+def launched_as() -> tuple[int, int, int]:
+    """Rank, world size and rank on this node, as the launcher's environment says.
+
+    torchrun sets RANK. srun sets SLURM_STEP_NUM_TASKS, which a batch script's own shell lacks, so
+    plain `python` inside a job does not wait for processes that nobody started.
+    """
+    if "RANK" in os.environ:
+        return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # type: ignore[return-value]
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        return tuple(int(os.environ[name]) for name in names)  # type: ignore[return-value]
+    return 0, 1, 0
+
+
+@contextmanager
+def world(config: Config) -> Iterator[World]:
+    """Join the other processes, build Megatron-Core's groups, seed; leave cleanly at the end.
+
+    Raises UserError when the number of processes does not fit the layout.
+    """
+    rank, size, local_rank = launched_as()
+    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    if size % model_ranks:
+        raise UserError(
+            f"{size} processes were started, but parallel.tensor={config.parallel.tensor} x "
+            f"parallel.pipeline={config.parallel.pipeline} needs a multiple of {model_ranks}: "
+            f"start e.g. torchrun --nproc-per-node {model_ranks} pretrain.py ..."
+        )
+    cpu.prepare()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+    _set_rendezvous()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=config.faults.hang_timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        parallel_state.initialize_model_parallel(
+            config.parallel.tensor,
+            config.parallel.pipeline,
+            # Gloo groups beside NCCL's serve old checkpoint formats, which are not used.
+            create_gloo_process_groups=False,
+        )
+        _seed(config.training.seed)
+        yield World(rank, size, local_rank, device)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _set_rendezvous() -> None:
+    """Where the processes meet: what the launcher said, the first host of a Slurm step, or here."""
+    if "MASTER_ADDR" in os.environ:
+        return
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if nodes and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+        os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
+        # Every rank derives the same port from the step; two steps of one job differ.
+        job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
+        os.environ.setdefault("MASTER_PORT", str(20000 + (job * 64 + step) % 20000))
+        return
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ.setdefault("MASTER_PORT", "0")  # alone: any free port will do
+
+
+def _seed(seed: int) -> None:
+    # Weights are drawn by megatron_ext/model/initialization.py and samples by the data set, both
+    # from config.training.seed alone; these seeds serve whatever else asks for random numbers.
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)

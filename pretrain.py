@@ -1,0 +1,123 @@
+"""Pre-train a Llama on Megatron-Core. The same line under python, torchrun and srun:
+
+    python pretrain.py configs/models/tiny.yaml rope.base=5e5
+    torchrun --nproc-per-node 8 pretrain.py configs/models/llama_2b.yaml parallel.tensor=2
+    python pretrain.py configs/models/llama_2b.yaml --check --world-size 128
+
+Run it again to go on from the newest checkpoint that verifies. SIGTERM, SIGUSR1 and Ctrl-C save a
+checkpoint and end with exit code 0. Exit code 2 means a mistake in the command or the config,
+1 a failure. See docs/config.md for every setting.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Optional
+
+from megatron_ext.config import Config, load_config, validate
+from megatron_ext.errors import UserError
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    options = parse(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.check:
+            from megatron_ext.planning.preflight import preflight
+
+            report = preflight(config, options.world_size or config.parallel.world_size)
+            print(report.json() if options.json else report.text())
+            return 0 if report.ok else 2
+        return pretrain(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def pretrain(config: Config) -> int:
+    """Config -> world -> data, model, optimizer -> restore -> train."""
+    # Torch and Megatron-Core take seconds to import: only after the config has been checked.
+    # Which kernels are used stands in our own log; Megatron-Core would warn six times.
+    warnings.filterwarnings("ignore", module="megatron")
+    from megatron.core import parallel_state
+
+    from megatron_ext.checkpoint import sharded
+    from megatron_ext.data import blend
+    from megatron_ext.model.llama import build_model
+    from megatron_ext.training import journal
+    from megatron_ext.training.loop import train
+    from megatron_ext.training.optimizer import build_optimizer
+    from megatron_ext.training.watch import StopSignals
+    from megatron_ext.world import world
+
+    with StopSignals() as signals, world(config) as here:
+        log = start_logging(here.is_main)
+        for warning in validate(config, here.size):
+            log.warning(warning)
+        blend.check_corpora(config)
+        fingerprint = blend.fingerprint(config)
+        journal.describe_run(config, here, fingerprint)
+        data = blend.build_datasets(config)
+        model = build_model(config)
+        optimizer = build_optimizer(model, config)
+
+        record = {"config": config.model_dump(mode="json"), "data": fingerprint}
+        state = sharded.restore(config.training.run_dir, model, optimizer)
+        if state is not None:
+            log.info("resuming after step %d", state["step"])
+            blend.check_same_data(state["data"], fingerprint)
+        elif config.training.init_from is not None:
+            source = sharded.load_weights(config.training.init_from, model, optimizer)
+            log.info("weights from %s", source)
+        done_steps = state["step"] if state else 0
+
+        layout = blend.Layout(
+            parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        )
+        done = train(
+            config, here, model, optimizer, data, layout, record, done_steps, signals
+        )
+        if done < config.training.steps:
+            log.info(
+                "stopped by %s after step %d, checkpoint saved: run the same command to go on",
+                signals.received or "another rank's signal", done,
+            )  # fmt: skip
+        else:
+            log.info("finished: %d steps in %s", done, config.training.run_dir)
+    return 0
+
+
+def parse(arguments: Optional[list[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file"
+    )
+    parser.add_argument("--check", action="store_true", help="all checks, no training")
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="with --check: judge the layout for N ranks"
+    )
+    parser.add_argument("--json", action="store_true", help="with --check: print JSON")
+    return parser.parse_intermixed_args(arguments)
+
+
+def start_logging(is_main: bool) -> logging.Logger:
+    """Rank 0 speaks; the others only warn."""
+    logging.basicConfig(
+        format="%(asctime)s %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        level=logging.INFO if is_main else logging.WARNING,
+        stream=sys.stdout,
+        force=True,
+    )
+    # Megatron-Core tells of every buffer and index it makes.
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    return logging.getLogger("pretrain")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
