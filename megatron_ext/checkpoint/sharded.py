@@ -17,6 +17,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.checkpoint import manifest
@@ -76,7 +77,7 @@ def restore(
         return None
     state = _sharded_state(model, optimizer, loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint))
-    model[0].load_state_dict(loaded["model"])
+    bare(model).load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     return json.loads((checkpoint / "run.json").read_text())
 
@@ -94,7 +95,7 @@ def load_weights(
     if checkpoint is None:
         raise UserError(f"{source} is neither a checkpoint nor a run folder that holds one")
     loaded = dist_checkpointing.load(_sharded_state(model), str(checkpoint))
-    model[0].load_state_dict(loaded["model"])
+    bare(model).load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.reload_model_params()
     return checkpoint
@@ -117,6 +118,11 @@ def newest_valid_everywhere(run_dir: Path) -> Optional[Path]:
     return answer[0]
 
 
+def bare(model: list[torch.nn.Module]) -> torch.nn.Module:
+    """The model without its gradient reduction, whose names would otherwise stand in every key."""
+    return model[0].module if isinstance(model[0], DistributedDataParallel) else model[0]
+
+
 def _sharded_state(
     model: list[torch.nn.Module],
     optimizer: Optional[MegatronOptimizer] = None,
@@ -127,7 +133,7 @@ def _sharded_state(
         # Any layout can read it; the other formats tie the file to the data-parallel split.
         "distrib_optim_sharding_type": "fully_reshardable",
     }
-    weights = model[0].sharded_state_dict(metadata=metadata)
+    weights = bare(model).sharded_state_dict(metadata=metadata)
     state: dict[str, Any] = {"model": weights}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(
