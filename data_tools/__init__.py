@@ -1,1 +1,1 @@
-"""From raw documents to Megatron's token files. Stands alone: imports neither torch nor megatron."""
+"""From raw documents to Megatron's token files; imports neither torch nor megatron."""

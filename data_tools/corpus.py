@@ -11,6 +11,7 @@ a truncated or corrupt archive is a `Failure` that names the file, never a silen
 from __future__ import annotations
 
 import bz2
+import contextlib
 import glob
 import gzip
 import lzma
@@ -169,27 +170,22 @@ def slice_of_document(document: dict) -> str | None:
     return str(match.lastgroup) if match else None
 
 
-def open_stream(source: Source) -> BinaryIO:
-    """The decompressed bytes of a source. Reading may raise what `archive_errors` lists."""
-    if source.path == "-":
-        return sys.stdin.buffer
+def open_stream(source: Source, raw: BinaryIO) -> BinaryIO:
+    """The decompressed bytes of the open file `raw`. Reading may raise what `archive_errors` lists."""
     if source.compression == "gz":
-        return cast(BinaryIO, gzip.open(source.path, "rb"))
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
     if source.compression == "bz2":
-        return cast(BinaryIO, bz2.open(source.path, "rb"))
+        return cast(BinaryIO, bz2.BZ2File(raw, "rb"))
     if source.compression == "xz":
-        return cast(BinaryIO, lzma.open(source.path, "rb"))
+        return cast(BinaryIO, lzma.LZMAFile(raw, "rb"))
     if source.compression == "zst":
         import zstandard
 
         check_zstd_is_whole(source.path)
         # 2 GiB windows (--long=31) are legal; the default refuses them above 128 MiB.
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        stream = open(source.path, "rb")
-        return cast(
-            BinaryIO, decompressor.stream_reader(stream, read_across_frames=True, closefd=True)
-        )
-    return open(source.path, "rb", buffering=0)
+        return cast(BinaryIO, decompressor.stream_reader(raw, read_across_frames=True))
+    return raw
 
 
 def archive_errors() -> tuple[type[BaseException], ...]:
@@ -199,14 +195,26 @@ def archive_errors() -> tuple[type[BaseException], ...]:
     return (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
-def read_blocks(source: Source, block_bytes: int = _READ_BYTES) -> Iterator[bytes]:
-    """Decompressed content in pieces of at most `block_bytes`. Raises `Failure` naming a bad file."""
-    try:
-        with open_stream(source) as stream:
+def read_blocks(
+    source: Source, block_bytes: int = _READ_BYTES, raw: BinaryIO | None = None
+) -> Iterator[bytes]:
+    """Decompressed content in pieces of at most `block_bytes`. Raises `Failure` naming a bad file.
+
+    `raw` may be the file, already open: its position tells how far the reading has come.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            if raw is None:
+                raw = (
+                    sys.stdin.buffer
+                    if source.path == "-"
+                    else stack.enter_context(open(source.path, "rb"))
+                )
+            stream = open_stream(source, raw)
             while block := stream.read(block_bytes):
                 yield block
-    except archive_errors() as error:
-        raise Failure(f"{source.path} is truncated or corrupt: {error}") from error
+        except archive_errors() as error:
+            raise Failure(f"{source.path} is truncated or corrupt: {error}") from error
 
 
 def check_zstd_is_whole(path: str) -> None:

@@ -34,11 +34,13 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
-    """`text` in UTF-8 (b"" when rejected), the slice it names itself, the reason of a rejection."""
+    """`text` in UTF-8 (b"" when rejected), the slice it names itself, the reason of a rejection,
+    and its length in characters."""
 
     text: bytes
     slice: str | None = None
     reason: str | None = None
+    characters: int = 0
 
 
 def parse_line(line: bytes, text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS) -> Document:
@@ -62,7 +64,7 @@ def parse_line(line: bytes, text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS) -> D
     if not text:
         return Document(b"", slice_of_document(value), EMPTY)
     try:
-        return Document(text.encode(), slice_of_document(value))
+        return Document(text.encode(), slice_of_document(value), None, len(text))
     except UnicodeEncodeError:
         return Document(b"", None, SURROGATE)
 

@@ -1,130 +1,422 @@
 """Documents to Megatron's .bin/.idx with the exact ids of the tokenizer, and a receipt.
 
-tokenize(["corpus.jsonl"], "tokenizer.model", "out/corpus", append_eod=True)
+    receipt = tokenize(["data/"], "tokenizer.model", "out/corpus")
+    receipt["counts"]["tokens"], receipt["reused"]
+
+Input order is kept and the bytes are the same for any number of workers. Killed anywhere and called
+again, it goes on; finished and called again, it says so. Work in progress lies in PREFIX.work/,
+PREFIX.* appears when all is done. Refuses a tokenizer without EOD when EOD is asked for, outputs made
+from something else (unless `overwrite`), and more bad lines than `max_rejected` allows.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections import Counter
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data_tools import indexed
-from data_tools.corpus import find_sources
-from data_tools.documents import DEFAULT_TEXT_KEYS, TOO_LONG, parse_line
-from data_tools.errors import UserError
-from data_tools.files import atomic_write, checksum, write_json
-from data_tools.lines import MAX_LINE_BYTES, read_lines
+from data_tools.assembly import Assembler
+from data_tools.corpus import Source, find_sources
+from data_tools.documents import HARMLESS
+from data_tools.encoding import make_encoder
+from data_tools.errors import Failure, UserError
+from data_tools.files import checksum, read_json, write_json
+from data_tools.options import Allowance, Options
+from data_tools.pair import publish, shuffled
+from data_tools.parts import Part, read_part
+from data_tools.progress import Progress
 from data_tools.receipt import (
     FORMAT,
     command_line,
     describe_tokenizer,
-    histogram,
     read_receipt,
     receipt_path,
     versions,
 )
-from data_tools.tokenizer import load_tokenizer
+from data_tools.shares import SPOOLED, Share, share_out
+from data_tools.spool import spool_parts
+from data_tools.tokenizer import Tokenizer
+from data_tools.workers import Setup, Workers
 
 
 def tokenize(
     inputs: Sequence[str],
-    tokenizer_path: str,
+    tokenizer: str | os.PathLike[str],
     prefix: str | os.PathLike[str],
+    options: Options = Options(),
     *,
-    append_eod: bool = True,
-    text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS,
+    workers: int = 1,
+    max_rejected: str = "0.001",
+    eod_token: str | None = None,
+    bos_token: str | None = None,
+    overwrite: bool = False,
+    fast: bool = True,
+    quiet: bool = True,
 ) -> dict[str, Any]:
-    """Write PREFIX.bin, PREFIX.idx and PREFIX.receipt.json; returns the receipt."""
-    tokenizer = load_tokenizer(tokenizer_path)
-    if append_eod and tokenizer.eod_id is None:
-        raise UserError(
-            f"tokenizer {tokenizer_path} names no end-of-document token: write --eod-token or --no-append-eod"
-        )
+    """Write PREFIX.bin, PREFIX.idx, PREFIX.receipt.json (and PREFIX.rejected.jsonl); returns the receipt.
+
+    `receipt["reused"]` is true when the files were already there, made from the same things.
+    Raises `UserError` (exit code 2) and `Failure` (exit code 1).
+    """
+    prefix = Path(prefix)
+    allowance = Allowance.parse(max_rejected)
+    if workers < 1:
+        raise UserError(f"--workers {workers} does no work: write 1 or more")
     sources = find_sources(inputs)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our processes are the parallelism
+    setup = Setup(
+        sources,
+        str(tokenizer),
+        eod_token,
+        bos_token,
+        fast,
+        prefix.with_name(f"{prefix.name}.work") / "parts",
+    )
+    loaded = setup.tokenizer()
+    _refuse_missing_tokens(loaded, options)
     wanted = {
         "inputs": [{"path": s.path, "size": s.size, "mtime_ns": s.mtime_ns} for s in sources],
-        "tokenizer": tokenizer.hash,
-        "options": {"append_eod": append_eod, "text_keys": list(text_keys)},
+        "tokenizer": {"hash": loaded.hash, "eod_id": loaded.eod_id, "bos_id": loaded.bos_id},
+        "options": options.recorded(),
     }
     known = read_receipt(prefix)
-    bin_path, idx_path = indexed.paths(prefix)
-    if known and known["wanted"] == wanted and bin_path.is_file() and idx_path.is_file():
-        return {**known, "reused": True}
-    receipt_path(prefix).unlink(missing_ok=True)
-    dtype = indexed.token_dtype(tokenizer.vocab_size)
-    lengths: list[int] = []
-    rejected: list[dict] = []
-    reasons: Counter[str] = Counter()
-    slices: dict[str, Counter[str]] = {}
-    with atomic_write(bin_path) as bin_stream, atomic_write(idx_path) as idx_stream:
-        for source in sources:
-            for line in read_lines(source):
-                if line.size > MAX_LINE_BYTES:
-                    document = None
-                    reason: str | None = TOO_LONG
-                else:
-                    document = parse_line(line.data, text_keys)
-                    reason = document.reason
-                if document is None or reason is not None:
-                    reasons[str(reason)] += 1
-                    rejected.append(
-                        {
-                            "file": source.path,
-                            "line": line.number,
-                            "offset": line.offset,
-                            "reason": reason,
-                        }
-                    )
-                    continue
-                text = document.text.decode()
-                ids = tokenizer.encode(text)
-                if append_eod:
-                    ids = np.append(ids, np.int32(tokenizer.eod_id or 0))
-                bin_stream.write(ids.astype(dtype).tobytes())
-                lengths.append(len(ids))
-                counter = slices.setdefault(document.slice or source.slice, Counter())
-                counter.update(
-                    documents=1, characters=len(text), bytes=len(document.text), tokens=len(ids)
-                )
-        indexed.write_index(idx_stream, dtype, np.array(lengths, dtype=np.int32))
-    total: Counter[str] = Counter()
-    for counter in slices.values():
-        total.update(counter)
-    receipt = {
-        "format": FORMAT,
-        "kind": "tokens",
-        "wanted": wanted,
-        "inputs": [
-            {"path": s.path, "size": s.size, "slice": s.slice, "checksum": checksum(s.path)}
-            for s in sources
-        ],
-        "tokenizer": describe_tokenizer(tokenizer),
-        "options": wanted["options"],
-        "counts": {
-            **{k: total[k] for k in ("documents", "characters", "bytes", "tokens")},
-            "rejected": dict(reasons),
-            "slices": {k: dict(v) for k, v in sorted(slices.items())},
-        },
-        "lengths": histogram(np.array(lengths, dtype=np.int32)).tolist(),
-        "outputs": {
-            "dtype": np.dtype(dtype).name,
-            "bin": {
-                "path": bin_path.name,
-                "size": bin_path.stat().st_size,
-                "checksum": checksum(bin_path),
-            },
-            "idx": {
-                "path": idx_path.name,
-                "size": idx_path.stat().st_size,
-                "checksum": checksum(idx_path),
-            },
-        },
-        "versions": versions(),
-        "command": command_line(),
-    }
-    write_json(receipt_path(prefix), receipt)
+    if known is not None:
+        if _same(known, wanted):
+            # A run killed after its last step leaves its work folder behind.
+            shutil.rmtree(prefix.with_name(f"{prefix.name}.work"), ignore_errors=True)
+            return {**known, "reused": True}
+        if not overwrite:
+            raise UserError(
+                f"{prefix} exists and was made from other inputs, options or another tokenizer: "
+                "choose another --output, or write --overwrite to replace it"
+            )
+    with _work_folder(prefix, wanted, overwrite) as folder:
+        if not (folder / "publish.json").exists():
+            run = _Run(folder, sources, loaded, options, prefix, allowance, setup, workers, quiet)
+            receipt = {
+                "format": FORMAT,
+                "kind": "tokens",
+                "wanted": wanted,
+                **run.run(),
+                "versions": versions(),
+                "command": command_line(),
+            }
+            write_json(folder / "publish.json", receipt)
+        receipt = read_json(folder / "publish.json")
+        _publish(folder, prefix, receipt)
     return {**receipt, "reused": False}
+
+
+def _refuse_missing_tokens(tokenizer: Tokenizer, options: Options) -> None:
+    for asked, found, flag, other in (
+        (options.append_eod, tokenizer.eod_id, "--append-eod", "--eod-token"),
+        (options.prepend_bos, tokenizer.bos_id, "--prepend-bos", "--bos-token"),
+    ):
+        if asked and found is None:
+            control = ", ".join(list(tokenizer.control_tokens())[:8]) or "none"
+            raise UserError(
+                f"{flag} needs a token that {tokenizer.path} does not name: write {other} with one of its "
+                f"control tokens ({control}), or --no{flag[1:]}"
+            )
+
+
+def _same(receipt: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether finished files come from the same things and are all there."""
+    made = receipt["wanted"]
+    if {**made, "inputs": 0} != {**wanted, "inputs": 0} or len(made["inputs"]) != len(
+        wanted["inputs"]
+    ):
+        return False
+    sums = {entry["path"]: entry["checksum"] for entry in receipt["inputs"] if "start" not in entry}
+    for old, new in zip(made["inputs"], wanted["inputs"], strict=True):
+        if old == new and new["path"] != "-":
+            continue
+        # A file that was written again with the same content is the same file.
+        if (old["path"], old["size"]) != (new["path"], new["size"]) or new["path"] == "-":
+            return False
+        if sums.get(new["path"]) != checksum(new["path"]):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _work_folder(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """PREFIX.work/, locked, holding this plan's work and no other's."""
+    folder = prefix.with_name(f"{prefix.name}.work")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"--output {prefix} cannot be written ({error.strerror}): choose another place"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another data-tools is writing {prefix}: wait for it, or choose another --output"
+            ) from error
+        plan = folder / "plan.json"
+        known = read_json(plan) if plan.exists() else None
+        unrepeatable = any(entry["path"] == "-" for entry in wanted["inputs"])
+        if known is not None and known != wanted and not overwrite:
+            raise UserError(
+                f"{folder} holds unfinished work on other inputs, options or another tokenizer: choose "
+                "another --output, or write --overwrite to discard it"
+            )
+        if known != wanted or unrepeatable:
+            for child in folder.iterdir():
+                if child.is_dir():
+                    shutil.rmtree(child)
+                elif child.name != "lock":
+                    child.unlink()
+            write_json(plan, wanted)
+        (folder / "parts").mkdir(exist_ok=True)
+        yield folder
+
+
+class _Run:
+    """One run over all parts, from wherever the last one stopped."""
+
+    def __init__(
+        self,
+        folder: Path,
+        sources: list[Source],
+        tokenizer: Tokenizer,
+        options: Options,
+        prefix: Path,
+        allowance: Allowance,
+        setup: Setup,
+        workers: int,
+        quiet: bool,
+    ) -> None:
+        self.folder, self.sources, self.tokenizer = folder, sources, tokenizer
+        self.options, self.prefix, self.allowance = options, prefix, allowance
+        self.setup, self.worker_count, self.quiet = setup, workers, quiet
+        self.shares = share_out(sources, options)
+        # A shuffle deals out whole documents again, so shards are made after it.
+        shard_tokens = options.shard_tokens if options.seed is None else 0
+        self.assembler = Assembler(folder, sources, self.shares, tokenizer.vocab_size, shard_tokens)
+        self.ready: set[tuple[int, int]] = set()  # finished parts that were not appended yet
+        self.done_bytes = 0
+
+    def run(self) -> dict[str, Any]:
+        """Encode, assemble, complete; returns the receipt's body."""
+        for stale in (*self.setup.folder.glob("*.spool"), *self.setup.folder.glob(".*.tmp*")):
+            stale.unlink(missing_ok=True)
+        encoder = make_encoder(self.tokenizer, self.setup.fast)
+        if encoder.note and not self.quiet:
+            print(f"tokenize: {encoder.note}", file=sys.stderr)
+        total = sum(share.end - share.start for share in self.shares)
+        with (
+            Workers(
+                self.worker_count, self.setup, self.options, self.tokenizer, encoder
+            ) as workers,
+            Progress("tokenize", total, self.quiet) as self.progress,
+        ):
+            self._encode_all(workers)
+        self.assembler.commit()
+        self._check_rejected(final=True)
+        pairs, folder = self._complete()
+        entries = self._describe_inputs()
+        return {
+            "inputs": entries,
+            "tokenizer": describe_tokenizer(self.tokenizer),
+            "options": self.options.recorded(),
+            "counts": self.assembler.totals.counts(),
+            "lengths": self.assembler.totals.histogram,
+            "outputs": {"dtype": self.assembler.writer.dtype.name, "pairs": pairs},
+            "pairs_folder": str(folder.relative_to(self.folder)),
+        }
+
+    def _encode_all(self, workers: Workers) -> None:
+        tasks = self._tasks()
+        pending: set[Future[Part]] = set()
+        exhausted = False
+        try:
+            while True:
+                # Twice as many as workers: none ever waits, and memory and spool files stay bounded.
+                while not exhausted and len(pending) < 2 * workers.count:
+                    part = next(tasks, None)
+                    if part is None:
+                        exhausted = True
+                    else:
+                        pending.add(workers.submit(part))
+                    if workers.pool is None:
+                        break
+                done, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in done:
+                    part = future.result()
+                    self.ready.add((part.source, part.number))
+                self._assemble()
+                if exhausted and not pending:
+                    break
+        except BrokenProcessPool as error:
+            raise Failure(
+                "a worker process died (out of memory?); what is finished is kept: run the same command "
+                "again, with fewer --workers if memory was short"
+            ) from error
+        if self.assembler.next[0] != len(self.shares):
+            raise Failure(f"parts are missing in {self.setup.folder}: run the same command again")
+
+    def _tasks(self) -> Iterator[Part]:
+        """Parts that still have to be encoded, in input order; finished ones become ready."""
+        for number, share in enumerate(self.shares):
+            if share.mode == SPOOLED:
+                count = yield from self._spooled(number, share)
+            else:
+                count = share.part_count(self.options.part_bytes)
+                for part in share.parts(self.options.part_bytes):
+                    if self._needed(number, part):
+                        yield part
+            self.assembler.part_counts[number] = count
+            self.assembler.skip_finished_shares()
+
+    def _spooled(self, number: int, share: Share):  # -> Generator[Part, None, int]
+        if self.assembler.part_counts.get(number) is not None and self.assembler.next[0] > number:
+            return self.assembler.part_counts[number]  # no need to decompress it again
+        source = self.sources[share.source]
+
+        def needed(k: int) -> bool:
+            return self._needed(number, Part(share.source, k, 0, 0))
+
+        return (
+            yield from spool_parts(source, share.source, self.options, self.setup.folder, needed)
+        )
+
+    def _needed(self, number: int, part: Part) -> bool:
+        if (number, part.number) < self.assembler.next:
+            return False
+        path = part.file(self.setup.folder)
+        if path.exists():
+            if read_part(path) is not None:
+                self.ready.add((part.source, part.number))
+                return False
+            path.unlink()
+        return True
+
+    def _assemble(self) -> None:
+        """Append the parts that are next in line."""
+        assembler = self.assembler
+        while assembler.next[0] < len(self.shares):
+            number, k = assembler.next
+            key = (self.shares[number].source, k)
+            if key not in self.ready:
+                break
+            self.ready.remove(key)
+            result = read_part(Part(*key, 0, 0).file(self.setup.folder))
+            if result is None:
+                raise Failure(
+                    f"a part in {self.setup.folder} is damaged: run the same command again"
+                )
+            assembler.append(result)
+            self._check_rejected(final=False)
+        self.progress.update(
+            self._bytes_done(),
+            assembler.totals.sum("documents"),
+            assembler.totals.sum("tokens"),
+            assembler.totals.sum("bytes"),
+        )
+
+    def _bytes_done(self) -> int:
+        number, k = self.assembler.next
+        done = sum(share.end - share.start for share in self.shares[:number])
+        if number < len(self.shares) and self.shares[number].mode != SPOOLED:
+            done += min(
+                k * self.options.part_bytes, self.shares[number].end - self.shares[number].start
+            )
+        return done
+
+    def _check_rejected(self, final: bool) -> None:
+        totals = self.assembler.totals
+        rejected = sum(n for reason, n in totals.rejected.items() if reason not in HARMLESS)
+        if not self.allowance.exceeded(rejected, totals.lines, final):
+            return
+        self.assembler.commit()
+        listed = Path(f"{self.prefix}.rejected.jsonl")
+        shutil.copyfile(self.assembler.rejects_file, listed)
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in totals.rejected.most_common())
+        raise UserError(
+            f"{rejected:,} of {totals.lines:,} lines were rejected ({reasons}), more than --max-rejected "
+            f"{self.allowance.text}: look at {listed}, then mend the input or allow more (the work is kept)"
+        )
+
+    def _complete(self) -> tuple[list[dict[str, Any]], Path]:
+        writer = self.assembler.writer
+        pairs = writer.complete(self.prefix)
+        if self.options.seed is None:
+            return pairs, writer.folder
+        folder = self.folder / "shuffle"
+        shutil.rmtree(folder, ignore_errors=True)
+        writer = shuffled(writer, folder, self.options.seed, self.options.shard_tokens)
+        return writer.complete(self.prefix), writer.folder
+
+    def _describe_inputs(self) -> list[dict[str, Any]]:
+        """Inputs with the checksum of exactly the bytes that were used."""
+
+        def describe(share: Share) -> dict[str, Any]:
+            source = self.sources[share.source]
+            entry: dict[str, Any] = {
+                "path": source.path,
+                "size": source.size,
+                "slice": source.slice,
+            }
+            if source.path == "-":
+                return {**entry, "checksum": ""}
+            stat = os.stat(source.path)
+            if (stat.st_size, stat.st_mtime_ns) != (source.size, source.mtime_ns):
+                raise Failure(
+                    f"{source.path} changed while it was read: run again with --overwrite"
+                )
+            if (share.start, share.end) != (0, source.size):
+                entry |= {"start": share.start, "end": share.end}
+            return {**entry, "checksum": checksum(source.path, share.start, share.end)}
+
+        with ThreadPoolExecutor(max(1, self.worker_count)) as pool:
+            return list(pool.map(describe, self.shares))
+
+
+def _publish(folder: Path, prefix: Path, receipt: dict[str, Any]) -> None:
+    """Files into place, the receipt last, the work folder away. Harmless to repeat."""
+    pairs_folder = receipt.pop("pairs_folder")
+    receipt_path(prefix).unlink(missing_ok=True)  # of what is being replaced
+    publish(folder / pairs_folder, prefix, receipt["outputs"]["pairs"])
+    listed = Path(f"{prefix}.rejected.jsonl")
+    rejects = folder / "rejected.jsonl"
+    if rejects.exists():
+        if rejects.stat().st_size:
+            os.replace(rejects, listed)
+        else:
+            rejects.unlink()
+            listed.unlink(missing_ok=True)
+    if len(receipt["outputs"]["pairs"]) > 1 or receipt["options"]["shard_tokens"]:
+        for pair in receipt["outputs"]["pairs"]:
+            write_json(
+                receipt_path(prefix.with_name(pair["prefix"])), _shard_receipt(receipt, pair)
+            )
+    write_json(receipt_path(prefix), receipt)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shard_receipt(receipt: dict[str, Any], pair: dict[str, Any]) -> dict[str, Any]:
+    """A shard can be loaded, verified and merged alone; slices are counted for all shards together."""
+    counts = {
+        "documents": pair["documents"],
+        "tokens": pair["tokens"],
+        "rejected": {},
+        "slices": {},
+    }
+    return {
+        **receipt,
+        "counts": counts,
+        "lengths": [],
+        "outputs": {**receipt["outputs"], "pairs": [pair]},
+    }

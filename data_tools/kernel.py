@@ -1,0 +1,416 @@
+# mypy: disable-error-code="call-arg,attr-defined,var-annotated"
+"""The fast path: text to exact BPE ids, a unit at a time, with a cache; compiled by Numba.
+
+    encoder = Kernel(tables)                       # tables: tables.build_tables
+    ids, lengths = encoder.encode(buffer, ends)    # many documents in one buffer of UTF-8
+
+A unit is the text between two exact cuts (see tables), mostly one word with its space.
+Units of up to 32 bytes are looked up in a direct-mapped cache whose line holds the key and the
+ids (one 64-byte line of the processor's cache); others, and misses, are merged pair by pair.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from data_tools.tables import FREE, MULTIPLIER, Tables
+
+PAD = 32  # readable bytes after the text: keys are loaded eight bytes at a time
+KEY_BYTES = 32
+# A cache line, 64 bytes: 4 words of key, 1 of sizes, 3 of ids (12 of 16 bits or 6 of 32).
+SHORT = 48  # characters; longer units keep their pairs in a heap
+_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+def _compiled_code_folder() -> str:
+    """Where compiled code is kept: the user's cache folder, since the package may be read-only."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base) / "megatron-ext" / "numba"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except OSError:
+        return str(Path(tempfile.gettempdir()) / f"megatron-ext-numba-{os.getuid()}")
+
+
+# Numba reads the setting when a function is decorated; it is put back at the end of this module.
+_configured = numba.config.CACHE_DIR
+numba.config.CACHE_DIR = _configured or _compiled_code_folder()
+_M1, _M2, _M3 = (np.uint64(c) for c in (0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB))
+
+
+# Loads and stores without Numba's test for negative indices, at any alignment: the two loops over
+# bytes are as fast as C with them. Every index is within the arrays by construction (see `encode`).
+
+
+def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any, bits: int) -> Any:
+    data = context.make_array(kind)(context, builder, array).data
+    place = cgutils.gep_inbounds(builder, data, index)
+    return builder.bitcast(place, ir.IntType(bits).as_pointer())
+
+
+@intrinsic
+def _load8(typing_context: Any, array: Any, index: Any) -> Any:
+    """array[index] of a uint8 array, as int64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], 8)
+        return builder.zext(builder.load(pointer), ir.IntType(64))
+
+    return types.int64(array, types.int64), generate
+
+
+@intrinsic
+def _load64(typing_context: Any, array: Any, index: Any) -> Any:
+    """Eight bytes from array[index] on, little endian."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], 64)
+        value = builder.load(pointer)
+        value.align = 1
+        return value
+
+    return types.uint64(array, types.int64), generate
+
+
+@intrinsic
+def _store64(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """Eight bytes to array[index] and on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], 64)
+        builder.store(arguments[2], pointer).align = 1
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.uint64), generate
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _find_pair(keys, values, shift, left, right):
+    """rank << 32 | merged symbol of a pair, or FREE when the pair does not merge."""
+    if left < 0 or right < 0:
+        return FREE
+    key = (np.uint64(left) << np.uint64(32)) | np.uint64(right)
+    slot = np.int64((key * MULTIPLIER) >> shift)
+    mask = len(keys) - 1
+    while True:
+        found = keys[slot]
+        if found == key:
+            return values[slot]
+        if found == FREE:
+            return FREE
+        slot = (slot + 1) & mask
+
+
+@numba.njit(nogil=True, cache=True)
+def _symbols_of(text, start, end, characters, symbols, widths):
+    """The unit's characters as symbols and their widths in bytes; returns how many."""
+    count, i = 0, start
+    while i < end:
+        b = np.int64(text[i])
+        if b < 0x80:
+            code, width = b, 1
+        elif b < 0xE0:
+            code, width = (b & 0x1F) << 6 | np.int64(text[i + 1]) & 0x3F, 2
+        elif b < 0xF0:
+            code = (
+                (b & 0xF) << 12 | (np.int64(text[i + 1]) & 0x3F) << 6 | np.int64(text[i + 2]) & 0x3F
+            )
+            width = 3
+        else:
+            code = (
+                (b & 7) << 18
+                | (np.int64(text[i + 1]) & 0x3F) << 12
+                | (np.int64(text[i + 2]) & 0x3F) << 6
+                | np.int64(text[i + 3]) & 0x3F
+            )
+            width = 4
+        symbols[count] = characters[code]
+        widths[count] = width
+        count += 1
+        i += width
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _merge_short(symbols, widths, count, keys, values, shift, ranks):
+    """Merge in place by scanning for the best pair; quickest for a word. Returns how many are left."""
+    for i in range(count - 1):
+        ranks[i] = _find_pair(keys, values, shift, symbols[i], symbols[i + 1])
+    while count > 1:
+        best, at = FREE, 0
+        for i in range(count - 1):
+            # Equal ranks come with their symbols in the low half: compare ranks only.
+            if (ranks[i] >> np.uint64(32)) < (best >> np.uint64(32)):
+                best, at = ranks[i], i
+        if best == FREE:
+            break
+        symbols[at] = np.int32(best & np.uint64(0xFFFFFFFF))
+        widths[at] += widths[at + 1]
+        count -= 1
+        for i in range(at + 1, count):
+            symbols[i], widths[i] = symbols[i + 1], widths[i + 1]
+        for i in range(at + 1, count - 1):
+            ranks[i] = ranks[i + 1]
+        if at > 0:
+            ranks[at - 1] = _find_pair(keys, values, shift, symbols[at - 1], symbols[at])
+        if at < count - 1:
+            ranks[at] = _find_pair(keys, values, shift, symbols[at], symbols[at + 1])
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _sift(heap, size, key, down_from):
+    """Place `key` at `down_from` or below it."""
+    at = down_from
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            break
+        if child + 1 < size and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= key:
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = key
+
+
+@numba.njit(nogil=True, cache=True)
+def _merge_long(symbols, widths, count, keys, values, shift):
+    """The same merges with a heap of rank << 32 | position, O(n log n); for units without cuts."""
+    following = np.arange(1, count + 1, dtype=np.int32)
+    previous = np.arange(-1, count - 1, dtype=np.int32)
+    ranks = np.full(count, np.int32(-1))  # of the pair that begins here; -1: none
+    heap = np.empty(count + 64, dtype=np.int64)
+    size = 0
+    for i in range(count - 1):
+        found = _find_pair(keys, values, shift, symbols[i], symbols[i + 1])
+        if found != FREE:
+            ranks[i] = np.int32(found >> np.uint64(32))
+            heap[size] = np.int64(found >> np.uint64(32)) << 32 | i
+            size += 1
+    for i in range(size // 2 - 1, -1, -1):
+        _sift(heap, size, heap[i], i)
+    while size > 0:
+        top = heap[0]
+        size -= 1
+        if size > 0:
+            _sift(heap, size, heap[size], 0)
+        at, rank = top & 0xFFFFFFFF, np.int32(top >> 32)
+        if ranks[at] != rank:
+            continue  # the pair is gone or another one now
+        right = following[at]
+        found = _find_pair(keys, values, shift, symbols[at], symbols[right])
+        symbols[at] = np.int32(found & np.uint64(0xFFFFFFFF))
+        widths[at] += widths[right]
+        symbols[right] = -2
+        ranks[right] = -1
+        following[at] = following[right]
+        if following[at] < count:
+            previous[following[at]] = at
+        for left in (previous[at], np.int32(at)):
+            if left < 0:
+                continue
+            ranks[left] = -1
+            if following[left] >= count:
+                continue
+            found = _find_pair(keys, values, shift, symbols[left], symbols[following[left]])
+            if found == FREE:
+                continue
+            ranks[left] = np.int32(found >> np.uint64(32))
+            if size == len(heap):
+                grown = np.empty(size + size // 2, dtype=np.int64)
+                grown[:size] = heap
+                heap = grown
+            key = np.int64(found >> np.uint64(32)) << 32 | np.int64(left)
+            child = size
+            size += 1
+            while child > 0 and heap[(child - 1) // 2] > key:
+                heap[child] = heap[(child - 1) // 2]
+                child = (child - 1) // 2
+            heap[child] = key
+    kept = 0
+    for i in range(count):
+        if symbols[i] != -2:
+            symbols[kept], widths[kept] = symbols[i], widths[i]
+            kept += 1
+    return kept
+
+
+@numba.njit(nogil=True, cache=True)
+def _encode_unit(text, start, end, tables, out, at, symbols, widths, ranks):
+    """Write the ids of text[start:end] to out[at:]; returns the next free place."""
+    characters, keys, values, shift, vocab_size, byte_ids = tables
+    if end - start > len(symbols):
+        symbols = np.empty(end - start, dtype=np.int32)
+        widths = np.empty(end - start, dtype=np.int32)
+    count = _symbols_of(text, start, end, characters, symbols, widths)
+    if count <= SHORT:
+        count = _merge_short(symbols, widths, count, keys, values, shift, ranks)
+    else:
+        count = _merge_long(symbols, widths, count, keys, values, shift)
+    position = start
+    for i in range(count):
+        symbol = symbols[i]
+        if 0 <= symbol < vocab_size:
+            out[at] = symbol
+            at += 1
+        else:  # a character that is no piece: byte fallback
+            for k in range(position, position + widths[i]):
+                out[at] = byte_ids[text[k]]
+                at += 1
+        position += widths[i]
+    return at
+
+
+@numba.njit(nogil=True, cache=True)
+def _encode(text, ends, cuts, singles, tables, cache, packed, before, after, out, lengths):
+    """All documents of `text`; `before` and `after` are ids put around each (-1: none)."""
+    symbols = np.empty(4096, dtype=np.int32)
+    widths = np.empty(4096, dtype=np.int32)
+    ranks = np.empty(SHORT, dtype=np.uint64)
+    slot_mask = np.uint64(len(cache) // 64 - 1)
+    bits = np.uint64(16 if packed == 4 else 32)  # of one id in a cache line
+    most = 3 * packed
+    at = np.int64(0)
+    position = np.int64(0)
+    for document in range(len(ends)):
+        first = at
+        end = ends[document]
+        if before >= 0:
+            out[at] = before
+            at += 1
+        while position < end:
+            start = position
+            previous = _load8(text, position)
+            position += 1
+            while position < end:
+                current = _load8(text, position)
+                if _load8(cuts, previous << 8 | current):
+                    break
+                previous = current
+                position += 1
+            size = position - start
+            if size == 1:
+                _store64(out, at, singles[previous])
+                at += 1
+                continue
+            if size > KEY_BYTES:
+                at = _encode_unit(text, start, position, tables, out, at, symbols, widths, ranks)
+                continue
+            k1 = k2 = k3 = np.uint64(0)
+            k0 = _load64(text, start)
+            if size <= 8:
+                k0 &= _ALL >> np.uint64(64 - 8 * size)
+            else:
+                k1 = _load64(text, start + 8)
+                if size <= 16:
+                    k1 &= _ALL >> np.uint64(128 - 8 * size)
+                else:
+                    k2 = _load64(text, start + 16)
+                    if size <= 24:
+                        k2 &= _ALL >> np.uint64(192 - 8 * size)
+                    else:
+                        k3 = _load64(text, start + 24) & (_ALL >> np.uint64(256 - 8 * size))
+            mixed = (k0 ^ np.uint64(size)) * MULTIPLIER + k1 * _M1 + k2 * _M2 + k3 * _M3
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * _M2
+            line = np.int64((mixed >> np.uint64(32)) & slot_mask) << 6  # byte offset in the cache
+            head = _load64(cache, line + 32)
+            if (
+                _load64(cache, line) == k0
+                and (head & np.uint64(0xFF)) == np.uint64(size)
+                and (
+                    size <= 8
+                    or (
+                        _load64(cache, line + 8) == k1
+                        and _load64(cache, line + 16) == k2
+                        and _load64(cache, line + 24) == k3
+                    )
+                )
+            ):
+                # Whole words are copied: what they hold beyond the last id is overwritten next.
+                _store64(out, at, _load64(cache, line + 40))
+                count = np.int64(head >> np.uint64(8))
+                if count > packed:
+                    _store64(out, at + packed, _load64(cache, line + 48))
+                    _store64(out, at + 2 * packed, _load64(cache, line + 56))
+                at += count
+                continue
+            then = _encode_unit(text, start, position, tables, out, at, symbols, widths, ranks)
+            if then - at <= most:
+                _store64(cache, line, k0)
+                _store64(cache, line + 8, k1)
+                _store64(cache, line + 16, k2)
+                _store64(cache, line + 24, k3)
+                head = np.uint64(then - at) << np.uint64(8) | np.uint64(size)
+                _store64(cache, line + 32, head)
+                for word in range(3):
+                    value = np.uint64(0)
+                    for i in range(packed * word, min(packed * (word + 1), then - at)):
+                        value |= np.uint64(out[at + i]) << (np.uint64(i - packed * word) * bits)
+                    _store64(cache, line + 40 + 8 * word, value)
+            at = then
+        if after >= 0:
+            out[at] = after
+            at += 1
+        lengths[document] = at - first
+    return at
+
+
+numba.config.CACHE_DIR = _configured
+
+
+class Kernel:
+    """Tables and a cache of `cache_lines` units (64 bytes each, a power of two)."""
+
+    pad = PAD
+
+    def __init__(self, tables: Tables, cache_lines: int = 1 << 20) -> None:
+        self.tables = tables
+        small = tables.vocab_size <= 65536
+        self.dtype = np.dtype(np.uint16 if small else np.int32)
+        self._packed = 4 if small else 2
+        self._cache = np.zeros(64 * cache_lines, dtype=np.uint8)
+        self._cuts = tables.cuts.view(np.uint8)
+        shift = np.uint64(64 - (len(tables.pair_keys).bit_length() - 1))
+        self._tables = (
+            tables.characters,
+            tables.pair_keys,
+            tables.pair_values,
+            shift,
+            np.int64(tables.vocab_size),
+            tables.byte_ids,
+        )
+        # One ASCII character between two cuts, nearly half of all units in code, needs no cache.
+        alone = tables.characters[:256].copy()
+        fallback = (alone < 0) | (alone >= tables.vocab_size)
+        self._singles = np.where(fallback, tables.byte_ids, alone).astype(np.uint64)
+
+    def encode(
+        self, text: np.ndarray, ends: np.ndarray, before: int = -1, after: int = -1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the documents that end at `ends` in `text`, and how many each has.
+
+        text: uint8, valid UTF-8, then `PAD` bytes of anything; ends: int64 [documents], ascending.
+        The prefix space and U+2581 are the caller's affair. Returns ids [tokens] of `self.dtype`
+        and int32 [documents], `before` and `after` included.
+        """
+        out = np.empty(len(text) + 2 * len(ends) + 16, dtype=self.dtype)
+        lengths = np.empty(len(ends), dtype=np.int32)
+        count = _encode(
+            text, ends, self._cuts, self._singles, self._tables, self._cache, self._packed,
+            before, after, out, lengths,
+        )  # fmt: skip
+        return out[:count], lengths

@@ -1,0 +1,54 @@
+"""Rows of a Parquet file as lines of JSON, so that everything after reading is the same.
+
+    for line in read_rows(source, ("text",), max_line_bytes): ...
+
+Line numbers are row numbers from 1; the offset is 0, rows have none. Needs pyarrow (the `data` extra).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import orjson
+
+from data_tools.corpus import Source
+from data_tools.errors import Failure, UserError
+from data_tools.lines import Line
+
+_ROWS = 256
+_USED = ("meta", "red_pajama_subset")
+
+
+def read_rows(source: Source, text_keys: tuple[str, ...], max_line_bytes: int) -> Iterator[Line]:
+    """One JSON line a row, with the text and the columns that name its slice."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            f"{source.path} is Parquet, which needs pyarrow: pip install 'megatron-ext[data]'"
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(source.path) as file:
+            names = set(file.schema_arrow.names)
+            columns = [name for name in (*text_keys, *_USED) if name in names]
+            number = 0
+            for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
+                for row in _rows(batch):
+                    number += 1
+                    size = len(row)
+                    yield Line(number, 0, size, row if size <= max_line_bytes else b"")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise Failure(f"{source.path} is truncated or corrupt: {error}") from error
+
+
+def _rows(batch) -> Iterator[bytes]:
+    for i in range(batch.num_rows):
+        row = {}
+        try:
+            for name in batch.schema.names:
+                value = batch.column(name)[i].as_py()
+                row[name] = value.decode() if isinstance(value, bytes) else value
+            yield orjson.dumps(row, default=str)
+        except UnicodeDecodeError:
+            yield b"\xff"  # is rejected as invalid UTF-8, with its row

@@ -1,0 +1,287 @@
+"""What the fast kernel must know of a vocabulary, derived from the tokenizer's own file.
+
+    tables = build_tables(tokenizer)        # or raises Unsuitable, with the reason
+
+Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909, algorithm 1): a text starts as single
+characters and the adjacent pair of best rank merges, leftmost first, until no pair is in the
+vocabulary. No merge can ever span two neighbouring bytes that are neighbours in no piece: there
+the text may be cut, and each unit between cuts be encoded alone, with the same ids. That is the
+whole proof, and `cuts` below is read from the vocabulary, not assumed.
+
+The space mark U+2581 is held as the byte 0x20 here, as it is in the text.
+Unsuitable are: Unigram models, a real normaliser, removal of extra white space, user-defined or
+unused pieces, pre-tokenisers (GPT-2's and LLaMA 3's byte-level ones), a vocabulary without byte
+fallback. They are encoded by their own library.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_tools.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+
+SPACE_MARK = "\u2581"
+NO_SYMBOL = -1
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
+# Prefix rules: a space before every document, only before one that begins with none, or never.
+PREFIX_ALWAYS, PREFIX_UNLESS_SPACE, PREFIX_NEVER = "always", "unless space", "never"
+
+
+class Unsuitable(Exception):
+    """Why this tokenizer is left to its own library."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Arrays the kernel reads. A symbol is a piece's id, or vocab_size + k for the k-th character
+    that occurs only inside longer pieces and so may merge but is no piece itself."""
+
+    vocab_size: int
+    prefix: str
+    cuts: np.ndarray  # bool [65536], at 256 a + b: no piece holds a then b across characters
+    characters: np.ndarray  # int32 [0x110000], code point -> symbol or NO_SYMBOL
+    pair_keys: np.ndarray  # uint64 [slots], left << 32 | right, all ones when free
+    pair_values: np.ndarray  # uint64 [slots], rank << 32 | merged symbol
+    symbol_bytes: np.ndarray  # int32 [symbols], length in UTF-8 bytes (space mark = 1)
+    byte_ids: np.ndarray  # int32 [256], ids of <0x00> ... <0xFF>
+
+
+def build_tables(tokenizer: Tokenizer) -> Tables:
+    """Tables of a sentencepiece BPE model or its Hugging Face twin. Raises `Unsuitable`."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _from_sentencepiece(tokenizer)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return _from_huggingface(tokenizer)
+    raise Unsuitable(f"{tokenizer.kind} tokenizers have no fast path")
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Tables:
+    model = _parse_model(tokenizer.model_bytes)
+    if model.model_type != 2:
+        raise Unsuitable("the model is not BPE")
+    if model.charsmap or model.rules:
+        raise Unsuitable("the model normalises its text")
+    if model.remove_extra_whitespaces or not model.escape_whitespaces or model.whitespace_suffix:
+        raise Unsuitable("the model changes white space")
+    if not model.byte_fallback:
+        raise Unsuitable("the model has no byte fallback")
+    pieces: dict[str, int] = {}
+    scores: dict[str, float] = {}
+    bytes_: dict[str, int] = {}
+    for number, (piece, score, kind) in enumerate(model.pieces):
+        if kind == _NORMAL:
+            pieces[piece], scores[piece] = number, score
+        elif kind == _BYTE:
+            bytes_[piece] = number
+        elif kind not in (_UNKNOWN, _CONTROL):
+            raise Unsuitable("the model has user-defined or unused pieces")
+    # Equal scores share a rank: the leftmost pair goes first among them.
+    rank = {s: r for r, s in enumerate(sorted(set(scores.values()), reverse=True))}
+    symbols = dict(pieces)
+    for character in sorted({c for piece in pieces if len(piece) > 1 for c in piece} - set(pieces)):
+        symbols[character] = len(model.pieces) + len(symbols) - len(pieces)
+    merges = [
+        (symbols[piece[:cut]], symbols[piece[cut:]], rank[scores[piece]], number)
+        for piece, number in pieces.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in symbols and piece[cut:] in symbols
+    ]
+    prefix = PREFIX_ALWAYS if model.add_dummy_prefix else PREFIX_NEVER
+    return _tables(len(model.pieces), prefix, symbols, merges, bytes_)
+
+
+def _from_huggingface(tokenizer: HuggingFaceTokenizer) -> Tables:
+    spec, model = tokenizer.json, tokenizer.json["model"]
+    if model.get("type") != "BPE":
+        raise Unsuitable("the model is not BPE")
+    if model.get("dropout") or model.get("ignore_merges"):
+        raise Unsuitable("the model drops or ignores merges")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise Unsuitable("the model marks parts of words")
+    if not model.get("byte_fallback"):
+        raise Unsuitable("the model has no byte fallback")
+    if any(not token.get("special") for token in spec.get("added_tokens", [])):
+        raise Unsuitable("the model has user-defined tokens")
+    prefix = _huggingface_prefix(spec)
+    vocabulary: dict[str, int] = model["vocab"]
+    bytes_ = {
+        f"<0x{b:02X}>": vocabulary[f"<0x{b:02X}>"]
+        for b in range(256)
+        if f"<0x{b:02X}>" in vocabulary
+    }
+    merges = []
+    reached = {}
+    for rank, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if left + right not in vocabulary or left not in vocabulary or right not in vocabulary:
+            raise Unsuitable(f"the merge {left} {right} is not in the vocabulary")
+        if left in bytes_ or right in bytes_:
+            raise Unsuitable("byte pieces merge")
+        merges.append((vocabulary[left], vocabulary[right], rank, vocabulary[left + right]))
+        reached[left + right] = vocabulary[left + right]
+    symbols = {piece: number for piece, number in vocabulary.items() if len(piece) == 1} | reached
+    return _tables(tokenizer.vocab_size, prefix, symbols, merges, bytes_)
+
+
+def _huggingface_prefix(spec: dict[str, Any]) -> str:
+    """How the tokenizer.json of a sentencepiece twin maps spaces. Raises `Unsuitable`."""
+    steps = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    steps = steps["normalizers"] if steps["type"] == "Sequence" else [steps]
+    prefix, replaced = PREFIX_NEVER, False
+    for step in steps:
+        if step["type"] == "Prepend" and step["prepend"] == SPACE_MARK:
+            prefix = PREFIX_ALWAYS
+        elif (
+            step["type"] == "Replace"
+            and step["pattern"] == {"String": " "}
+            and step["content"] == SPACE_MARK
+        ):
+            replaced = True
+        else:
+            raise Unsuitable(f"the model has the normaliser {step['type']}")
+    pre = spec.get("pre_tokenizer")
+    if pre:
+        plain = (
+            pre["type"] == "Metaspace"
+            and pre["replacement"] == SPACE_MARK
+            and pre.get("split") is False
+        )
+        if not plain or steps:
+            raise Unsuitable(f"the model has the pre-tokeniser {pre['type']}")
+        replaced = True
+        never = pre.get("prepend_scheme", "always") == "never"
+        prefix = PREFIX_NEVER if never else PREFIX_UNLESS_SPACE
+    if not replaced:
+        raise Unsuitable("the model does not mark spaces")
+    return prefix
+
+
+def _tables(
+    vocab_size: int,
+    prefix: str,
+    symbols: dict[str, int],
+    merges: list[tuple[int, int, int, int]],
+    bytes_: dict[str, int],
+) -> Tables:
+    if len(bytes_) != 256:
+        raise Unsuitable("the vocabulary lacks byte pieces")
+    if SPACE_MARK not in symbols or symbols[SPACE_MARK] >= vocab_size:
+        raise Unsuitable("the vocabulary lacks the space mark")
+    if any(" " in piece for piece in symbols):
+        raise Unsuitable("a piece holds a real space")
+    cuts = np.ones((256, 256), dtype=bool)
+    cuts[:, 0x80:0xC0] = False  # never inside a character
+    characters = np.full(0x110000, NO_SYMBOL, dtype=np.int32)
+    lengths = np.zeros(max(symbols.values()) + 1, dtype=np.int32)
+    for piece, symbol in symbols.items():
+        data = piece.replace(SPACE_MARK, " ").encode()
+        lengths[symbol] = len(data)
+        if len(piece) == 1:
+            characters[ord(piece.replace(SPACE_MARK, " "))] = symbol
+        for a, b in zip(data, data[1:], strict=False):
+            cuts[a, b] = False
+    keys, values = _hash_pairs(merges)
+    byte_ids = np.array([bytes_[f"<0x{b:02X}>"] for b in range(256)], dtype=np.int32)
+    return Tables(vocab_size, prefix, cuts.reshape(-1), characters, keys, values, lengths, byte_ids)
+
+
+FREE = np.uint64(0xFFFFFFFFFFFFFFFF)
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio (Knuth, multiplicative hashing)
+
+
+def _hash_pairs(merges: list[tuple[int, int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Open addressing with linear probing, at most half full; a pair said twice keeps its best rank."""
+    table = np.array(merges, dtype=np.uint64).reshape(-1, 4)
+    bits = max(4, len(table).bit_length() + 1)
+    order = np.argsort(table[:, 2], kind="stable")
+    pair_keys = (table[order, 0] << np.uint64(32)) | table[order, 1]
+    pair_values = (table[order, 2] << np.uint64(32)) | table[order, 3]
+    _, first = np.unique(pair_keys, return_index=True)
+    pair_keys, pair_values = pair_keys[first], pair_values[first]
+    keys = np.full(1 << bits, FREE)
+    values = np.zeros(1 << bits, dtype=np.uint64)
+    slots = (pair_keys * MULTIPLIER) >> np.uint64(64 - bits)
+    # All pairs try their slot at once; those that lose it try the next, until none is left.
+    while len(pair_keys):
+        slots = slots & np.uint64((1 << bits) - 1)
+        candidates = np.flatnonzero(keys[slots] == FREE)
+        _, winners = np.unique(slots[candidates], return_index=True)
+        winners = candidates[winners]
+        keys[slots[winners]] = pair_keys[winners]
+        values[slots[winners]] = pair_values[winners]
+        left = np.ones(len(pair_keys), dtype=bool)
+        left[winners] = False
+        pair_keys, pair_values, slots = (
+            pair_keys[left],
+            pair_values[left],
+            slots[left] + np.uint64(1),
+        )
+    return keys, values
+
+
+@dataclass
+class _Model:
+    """The fields of sentencepiece_model.proto that decide the ids, with the proto's defaults."""
+
+    pieces: list[tuple[str, float, int]]
+    model_type: int = 1
+    byte_fallback: bool = False
+    whitespace_suffix: bool = False
+    charsmap: bool = False
+    rules: bool = False
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = True
+    escape_whitespaces: bool = True
+
+
+def _parse_model(data: bytes) -> _Model:
+    model = _Model([])
+    for field, value in _fields(data):
+        if field == 1:
+            piece = dict(_fields(value))
+            score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
+            model.pieces.append((bytes(piece.get(1, b"")).decode(), score, piece.get(3, _NORMAL)))
+        elif field == 2:
+            trainer = dict(_fields(value))
+            model.model_type = trainer.get(3, 1)
+            model.byte_fallback = bool(trainer.get(35, False))
+            model.whitespace_suffix = bool(trainer.get(24, False))
+        elif field == 3:
+            normalizer = dict(_fields(value))
+            model.charsmap = bool(normalizer.get(2))
+            model.rules = bool(normalizer.get(6))
+            model.add_dummy_prefix = bool(normalizer.get(3, True))
+            model.remove_extra_whitespaces = bool(normalizer.get(4, True))
+            model.escape_whitespaces = bool(normalizer.get(5, True))
+    return model
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Field numbers and values of a protobuf message (wire types 0, 1, 2 and 5)."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = data[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
+
+    while position < len(data):
+        tag = varint()
+        kind = tag & 7
+        if kind == 0:
+            yield tag >> 3, varint()
+            continue
+        length = {1: 8, 5: 4}.get(kind) or varint()
+        yield tag >> 3, data[position : position + length]
+        position += length
