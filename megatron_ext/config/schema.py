@@ -6,21 +6,39 @@
 
 A field's docstring is its help: meaning, consequence, allowed values. It is printed by
 `megatron-ext schema`, stands in docs/config.md, and a test refuses a field that no code reads.
+Values that follow from others (head_dim, steps from tokens) are plain numbers once validated.
 Rules that join several fields live in `rules.py`; reading files and messages in `files.py`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_ext.rope.frequencies import NoScaling, RopeScaling
 
 
-def setting(default: Any = ..., *, unit: str = "", **constraints: Any) -> Any:
-    """A field with its default, its unit and pydantic's constraints (`gt=0`, `le=1`)."""
-    extra = {"unit": unit} if unit else None
-    return Field(default, json_schema_extra=extra, **constraints)
+def setting(
+    default: Any = ...,
+    *,
+    unit: str = "",
+    example: Any = None,
+    unset: str = "",
+    derive: Callable[[dict[str, Any]], Any] | None = None,
+    **constraints: Any,
+) -> Any:
+    """A field: its default, its unit and pydantic's constraints (`gt=0`, `le=1`).
+
+    example: shown when a required field is missing. unset: in words, what an unset field becomes.
+    derive: gives that value from the section's fields above this one.
+    """
+    extra = {key: text for key, text in (("unit", unit), ("unset", unset)) if text}
+    examples = None if example is None else [example]
+    kwargs: dict[str, Any] = {"json_schema_extra": extra, "examples": examples, **constraints}
+    if derive is not None:
+        return Field(default_factory=derive, **kwargs)
+    return Field(default, **kwargs)
 
 
 class Section(BaseModel):
@@ -38,19 +56,26 @@ class Section(BaseModel):
 class Model(Section):
     """The Llama: pre-norm, RMSNorm, SwiGLU, rotary positions, no biases."""
 
-    num_layers: int = setting(gt=0, unit="layers")
+    num_layers: int = setting(gt=0, unit="layers", example=32)
     """Transformer layers."""
-    hidden_size: int = setting(gt=0, unit="dimensions")
+    hidden_size: int = setting(gt=0, unit="dimensions", example=2048)
     """Width of the residual stream."""
-    ffn_hidden_size: int = setting(gt=0, unit="dimensions")
+    ffn_hidden_size: int = setting(gt=0, unit="dimensions", example=5504)
     """Inner width of SwiGLU; its three matrices are hidden_size x ffn_hidden_size each."""
-    num_heads: int = setting(gt=0, unit="heads")
+    num_heads: int = setting(gt=0, unit="heads", example=16)
     """Query heads."""
-    num_kv_heads: Optional[int] = setting(None, gt=0, unit="heads")
-    """Key and value heads (grouped-query attention); unset: as many as query heads."""
-    head_dim: Optional[int] = setting(None, gt=0, unit="dimensions")
-    """Size of one head; unset: hidden_size / num_heads. The RoPE bound depends on it."""
-    vocab_size: int = setting(gt=0, unit="tokens")
+    num_kv_heads: int = setting(
+        gt=0, unit="heads", unset="num_heads", derive=lambda model: model["num_heads"]
+    )
+    """Key and value heads (grouped-query attention); a divisor of num_heads."""
+    head_dim: int = setting(
+        gt=0,
+        unit="dimensions",
+        unset="hidden_size / num_heads",
+        derive=lambda model: max(1, model["hidden_size"] // model["num_heads"]),
+    )
+    """Size of one head, an even number. The RoPE bound depends on it."""
+    vocab_size: int = setting(gt=0, unit="tokens", example=32000)
     """Rows of the embedding; at least the tokenizer's size and divisible by parallel.tensor."""
     tied_embeddings: bool = setting(False)
     """Share the input embedding with the output projection."""
@@ -64,12 +89,13 @@ class Model(Section):
 class Rope(Section):
     """Rotary positions, the subject of the experiment."""
 
-    base: float = setting(gt=1)
+    base: float = setting(gt=1, example=500000.0)
     """Base (theta) of the rotary frequencies base^(-2i/d). Any float above 1, such as 5e5."""
     rotary_fraction: float = setting(1.0, gt=0, le=1)
     """Share of each head's dimensions that is rotated; the others carry no position."""
     scaling: Annotated[RopeScaling, Field(discriminator="type")] = setting(NoScaling())
-    """Context-extension rule applied to the frequencies, chosen by `type`."""
+    """Context-extension rule applied to the frequencies, chosen by `type`. A file that changes the
+    type starts afresh: the parameters of the other rule are not inherited."""
     bound: Literal["error", "warn", "expect_violation", "off"] = setting("error")
     """What to do when B_m < 0 somewhere within the sequence length: refuse, warn, demand it (the
     experiment's negative arms; refuses a base that is in fact feasible), or do not look."""
@@ -78,7 +104,7 @@ class Rope(Section):
 class Corpus(Section):
     """One token file of the blend."""
 
-    path: Path = setting()
+    path: Path = setting(example="data/books_text_document")
     """Prefix of PREFIX.bin and PREFIX.idx, as `data-tools tokenize --output` wrote them; relative
     paths are taken from the working directory."""
     weight: float = setting(1.0, gt=0)
@@ -92,10 +118,10 @@ class Data(Section):
     """The blend: a name of one's own for each corpus, with its path and weight."""
     validation_fraction: float = setting(0.01, gt=0, lt=1)
     """Share of each corpus' documents (the last ones) kept for validation."""
-    tokenizer: Optional[Path] = setting(None)
+    tokenizer: Path | None = setting(None)
     """Tokenizer that made the token files; evaluation on raw text and export need it. Unset: the
     one named by the corpora's receipts."""
-    cache_dir: Optional[Path] = setting(None)
+    cache_dir: Path | None = setting(None)
     """Folder of the sample index; unset: `cache` beside each corpus. Shared by all ranks."""
     num_workers: int = setting(1, ge=0, unit="processes")
     """Loader processes a rank; 0 loads in the training process."""
@@ -104,29 +130,72 @@ class Data(Section):
 class Training(Section):
     """How long, how much at once, where to."""
 
-    run_dir: Optional[Path] = setting(None)
-    """Run folder; unset: runs/ followed by the config file's name without .yaml."""
-    sequence_length: int = setting(gt=0, unit="tokens")
+    run_dir: Path = setting(unset="runs/ and the config file's name without .yaml")
+    """Folder of the run: resolved config, metrics, checkpoints, evaluation."""
+    init_from: Path | None = setting(None)
+    """Run folder or checkpoint whose weights a new run starts from; its optimizer state and step
+    are left behind. Unset: random weights."""
+    sequence_length: int = setting(gt=0, unit="tokens", example=4096)
     """Context length of a training sample."""
-    global_batch_size: int = setting(gt=0, unit="sequences")
+    global_batch_size: int = setting(gt=0, unit="sequences", example=1024)
     """Sequences of one optimizer step, over all ranks."""
-    micro_batch_size: int = setting(gt=0, unit="sequences")
+    micro_batch_size: int = setting(gt=0, unit="sequences", example=1)
     """Sequences of one forward pass on one rank; the rest of the batch is accumulated."""
-    steps: Optional[int] = setting(None, gt=0, unit="steps")
-    """Optimizer steps of the whole run. Give this or `tokens`."""
-    tokens: Optional[int] = setting(None, gt=0, unit="tokens")
-    """Token budget; the run takes ceil(tokens / (global_batch_size x sequence_length)) steps."""
+    steps: int = setting(
+        gt=0,
+        unit="steps",
+        unset="ceil(tokens / (global_batch_size x sequence_length))",
+        example=1000,
+    )
+    """Optimizer steps of the whole run. Give this or `tokens`: a file that sets one of the two
+    replaces both of its base."""
+    tokens: int = setting(
+        gt=0,
+        unit="tokens",
+        unset="steps x global_batch_size x sequence_length",
+        example=10**9,
+    )
+    """Token budget of the whole run. Give this or `steps`."""
     seed: int = setting(1234, ge=0)
     """Seed of weights and of the sample order."""
     recompute: Literal["none", "selective", "full"] = setting("none")
     """Activations computed again in the backward pass: none, those of the attention core, or all
     of a layer. Saves memory, costs time, changes no result."""
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one global batch."""
+        return self.global_batch_size * self.sequence_length
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_budget(cls, given: Any) -> Any:
+        """Tokens from steps or steps from tokens; both given must agree."""
+        if not isinstance(given, dict):
+            return given
+        steps, tokens = given.get("steps"), given.get("tokens")
+        factors = (given.get("global_batch_size"), given.get("sequence_length"))
+        known = [v for v in (steps, tokens, *factors) if v is not None]
+        if None in factors or not all(type(v) is int and v > 0 for v in known):
+            return given  # the fields themselves say what is wrong
+        tokens_per_step = given["global_batch_size"] * given["sequence_length"]
+        if steps is not None and tokens is None:
+            return {**given, "tokens": steps * tokens_per_step}
+        if tokens is None:
+            return given
+        needed = -(-tokens // tokens_per_step)
+        if steps is not None and steps != needed:
+            raise ValueError(
+                f"steps={steps} and tokens={tokens:,} disagree, as {tokens:,} tokens are {needed} "
+                f"steps of {factors[0]} x {factors[1]} tokens: give only one of them"
+            )
+        return {**given, "steps": needed}
+
 
 class Optimizer(Section):
     """AdamW."""
 
-    lr: float = setting(gt=0)
+    lr: float = setting(gt=0, example=3e-4)
     """Peak learning rate."""
     weight_decay: float = setting(0.1, ge=0)
     """Decoupled weight decay; norms are not decayed."""
@@ -150,20 +219,27 @@ class Schedule(Section):
     """Steps of the linear rise from 0 to optimizer.lr."""
     min_lr: float = setting(0.0, ge=0)
     """Learning rate at the end of the decay."""
-    decay_steps: Optional[int] = setting(None, gt=0, unit="steps")
-    """Length of the decay; unset: all steps after the warm-up (wsd: a tenth of all steps)."""
+    decay_steps: int = setting(
+        0, ge=0, unit="steps", unset="all steps after the warm-up; wsd: a tenth of all steps"
+    )
+    """Length of the decay. Cosine and linear stay at min_lr after it; constant has none."""
 
 
 class Parallel(Section):
-    """How the model and the batch are divided over ranks; the data-parallel size is what is left."""
+    """How model and batch are divided over ranks; the data-parallel size is what is left."""
 
-    world_size: int = setting(1, gt=0, unit="ranks")
-    """Ranks that the config is meant for, which `--check` judges. A run takes the number of
-    processes that were started."""
     tensor: int = setting(1, gt=0, unit="ranks")
     """Tensor-parallel size: each matrix is split over so many ranks, best within one node."""
     pipeline: int = setting(1, gt=0, unit="stages")
     """Pipeline-parallel size: layers are split over so many stages."""
+    world_size: int = setting(
+        gt=0,
+        unit="ranks",
+        unset="tensor x pipeline",
+        derive=lambda parallel: parallel["tensor"] * parallel["pipeline"],
+    )
+    """Ranks that the config is meant for, which `--check` judges. A run takes the number of
+    processes that were started."""
     sequence: bool = setting(False)
     """Split the activations of norms and residuals along the sequence, over the tensor-parallel
     ranks (Korthikanti et al. 2022)."""
@@ -195,7 +271,7 @@ class Checkpoint(Section):
     """Steps between checkpoints; the last step and a caught signal save as well."""
     keep_last: int = setting(2, gt=0, unit="checkpoints")
     """Newest checkpoints that stay."""
-    keep_every: Optional[int] = setting(None, gt=0, unit="steps")
+    keep_every: int | None = setting(None, gt=0, unit="steps")
     """A checkpoint whose step is a multiple of this stays for good."""
 
 
@@ -206,7 +282,7 @@ class Logging(Section):
     """Steps between two log lines and records of metrics.jsonl."""
     tensorboard: bool = setting(False)
     """Also write TensorBoard events into the run folder; needs the `track` extra."""
-    peak_tflops: Optional[float] = setting(None, gt=0, unit="TFLOP/s")
+    peak_tflops: float | None = setting(None, gt=0, unit="TFLOP/s")
     """Peak of one rank's device, which MFU is a share of; unset: known for A100, H100, H200 and
     B200 in bf16, and otherwise MFU is null."""
 
@@ -218,9 +294,10 @@ class Evaluation(Section):
     """Steps between two measurements of the validation loss; the last step measures as well."""
     batches: int = setting(8, gt=0, unit="global batches")
     """Global batches of one measurement."""
-    lengths: tuple[int, ...] = setting((), unit="tokens")
-    """Context lengths at which `megatron-ext evaluate` measures perplexity; empty: powers of two
-    from 128 to twice the sequence length."""
+    lengths: tuple[Annotated[int, Field(gt=0)], ...] = setting(
+        (), unit="tokens", unset="powers of two from 128 to twice training.sequence_length"
+    )
+    """Context lengths at which `megatron-ext evaluate` measures perplexity."""
     stride: int = setting(256, gt=0, unit="tokens")
     """Step of the sliding window: how many tokens each window scores anew."""
     max_tokens: int = setting(1_000_000, gt=0, unit="tokens")
@@ -253,3 +330,25 @@ class Config(Section):
     logging: Logging = Logging()
     evaluation: Evaluation = Evaluation()
     faults: Faults = Faults()
+
+    def resolved(self) -> "Config":
+        """The same settings with what one section takes from another written out."""
+        schedule, training = self.schedule, self.training
+        lengths = self.evaluation.lengths or powers_of_two(128, 2 * training.sequence_length)
+        decay = schedule.decay_steps
+        if not decay and schedule.type == "wsd":
+            decay = max(1, training.steps // 10)
+        elif not decay and schedule.type != "constant":
+            decay = max(1, training.steps - schedule.warmup_steps)
+        return self.model_copy(
+            update={
+                "schedule": schedule.model_copy(update={"decay_steps": decay}),
+                "evaluation": self.evaluation.model_copy(update={"lengths": lengths}),
+            }
+        )
+
+
+def powers_of_two(low: int, high: int) -> tuple[int, ...]:
+    """Those in low .. high; high alone when there is none."""
+    powers = tuple(2**k for k in range(high.bit_length()) if low <= 2**k <= high)
+    return powers or (high,)

@@ -1,0 +1,248 @@
+"""Rules that join several settings; each error names the values, the rule and the fix.
+
+    for warning in validate(config, world_size=128):
+        log.warning(warning)
+
+Raises ConfigError at the first broken rule. Needs numpy, not torch: the RoPE bound is evaluated for
+the very frequencies, length and head size of the config, because the feasible bases are no interval
+that a table could hold (arXiv 2405.14591, section 4).
+"""
+
+import math
+from collections.abc import Iterable
+
+from megatron_ext.config.schema import Config
+from megatron_ext.errors import ConfigError
+from megatron_ext.rope.bound import BoundVerdict, judge
+from megatron_ext.rope.feasible import smallest_feasible_base
+from megatron_ext.rope.frequencies import NoScaling, rope_frequencies
+
+# The search for the smallest feasible base takes 0.2 s at 4k tokens and grows with the length.
+_SEARCHED_LENGTH = 4096
+
+
+def validate(config: Config, world_size: int | None = None) -> list[str]:
+    """Check every rule for `world_size` ranks (default: parallel.world_size); returns warnings."""
+    check_heads(config)
+    check_tensor(config)
+    check_layout(config, world_size or config.parallel.world_size)
+    check_schedule(config)
+    check_precision(config)
+    check_intervals(config)
+    return check_bound(config)
+
+
+def check_heads(config: Config) -> None:
+    """Heads fill the model, KV heads the heads, and RoPE finds pairs to rotate."""
+    model, fraction = config.model, config.rope.rotary_fraction
+    if "head_dim" not in model.model_fields_set and model.hidden_size % model.num_heads:
+        raise ConfigError(
+            f"model.num_heads={model.num_heads} does not divide "
+            f"model.hidden_size={model.hidden_size}: "
+            f"{_choose(divisors(model.hidden_size), model.num_heads)}, or set model.head_dim"
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"model.num_kv_heads={model.num_kv_heads} does not divide "
+            f"model.num_heads={model.num_heads}: "
+            f"{_choose(divisors(model.num_heads), model.num_kv_heads)}"
+        )
+    if model.head_dim % 2:
+        raise ConfigError(
+            f"model.head_dim={model.head_dim} is odd, but RoPE rotates pairs of dimensions: choose "
+            f"{model.head_dim + 1}"
+        )
+    rotated = int(model.head_dim * fraction)
+    if rotated < 2 or rotated % 2:
+        even = max(2, rotated + rotated % 2)
+        raise ConfigError(
+            f"rope.rotary_fraction={fraction:g} rotates {rotated} of model.head_dim="
+            f"{model.head_dim} dimensions, but RoPE rotates pairs: write {even / model.head_dim:g}"
+        )
+
+
+def check_tensor(config: Config) -> None:
+    """Every matrix splits evenly over the tensor-parallel ranks, layers over the stages."""
+    model, parallel, length = config.model, config.parallel, config.training.sequence_length
+
+    def fits(size: int) -> bool:
+        # Megatron-Core 0.16.1 also lets ranks share a KV head (transformer_config.py:940).
+        shared = size % model.num_kv_heads == 0 or model.num_kv_heads % size == 0
+        return shared and not any(
+            value % size for value in (model.num_heads, model.ffn_hidden_size, model.vocab_size)
+        )
+
+    for name in ("num_heads", "ffn_hidden_size", "vocab_size"):
+        if getattr(model, name) % parallel.tensor:
+            raise ConfigError(
+                f"parallel.tensor={parallel.tensor} does not divide "
+                f"model.{name}={getattr(model, name)}: "
+                f"{_choose(filter(fits, divisors(model.num_heads)), parallel.tensor)}"
+            )
+    if not fits(parallel.tensor):
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} is neither a divisor nor a multiple of "
+            f"model.num_kv_heads={model.num_kv_heads}: "
+            f"{_choose(filter(fits, divisors(model.num_heads)), parallel.tensor)}"
+        )
+    if model.num_layers % parallel.pipeline:
+        raise ConfigError(
+            f"parallel.pipeline={parallel.pipeline} does not divide model.num_layers="
+            f"{model.num_layers}: {_choose(divisors(model.num_layers), parallel.pipeline)}"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError(
+            "parallel.sequence=true splits activations over tensor-parallel ranks, but "
+            "parallel.tensor=1: raise it, or set parallel.sequence=false"
+        )
+    if parallel.sequence and length % parallel.tensor:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} does not divide training.sequence_length={length}, "
+            "which parallel.sequence=true splits: choose "
+            f"{_next_multiple(length, parallel.tensor)} tokens"
+        )
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Ranks and batch divide: world = tensor x pipeline x data, batch = micro-batch x data x n."""
+    parallel, training = config.parallel, config.training
+    ranks = parallel.tensor * parallel.pipeline
+    if world_size % ranks:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} = {ranks} "
+            f"does not divide the world size {world_size}: start "
+            f"{_next_multiple(world_size, ranks)} processes (parallel.world_size), or lower one "
+            "of the two"
+        )
+    data_parallel = world_size // ranks
+    at_once = training.micro_batch_size * data_parallel
+    if training.global_batch_size % at_once:
+        raise ConfigError(
+            f"training.global_batch_size={training.global_batch_size} is no multiple of "
+            f"training.micro_batch_size={training.micro_batch_size} x {data_parallel} "
+            f"data-parallel ranks = {at_once}: choose "
+            f"{_next_multiple(training.global_batch_size, at_once)}"
+        )
+
+
+def check_schedule(config: Config) -> None:
+    """The learning rate goes down, and its parts fit into the run."""
+    schedule, lr, steps = config.schedule, config.optimizer.lr, config.training.steps
+    if schedule.min_lr > lr:
+        raise ConfigError(
+            f"schedule.min_lr={schedule.min_lr:g} is above optimizer.lr={lr:g}, its peak: choose "
+            f"at most {lr:g}"
+        )
+    if schedule.warmup_steps > steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={schedule.warmup_steps} is more than training.steps={steps}: "
+            f"choose at most {steps}"
+        )
+    if schedule.type != "constant" and schedule.warmup_steps + schedule.decay_steps > max(
+        steps, schedule.warmup_steps + 1
+    ):
+        raise ConfigError(
+            f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps="
+            f"{schedule.decay_steps} is more than training.steps={steps}: choose decay_steps of at "
+            f"most {max(1, steps - schedule.warmup_steps)}"
+        )
+
+
+def check_precision(config: Config) -> None:
+    """Gradients are reduced in a format that they have."""
+    if config.precision.grad_reduce == "bf16" and config.precision.dtype != "bf16":
+        raise ConfigError(
+            f"precision.grad_reduce=bf16 needs precision.dtype=bf16, not {config.precision.dtype}: "
+            "set precision.grad_reduce=fp32"
+        )
+
+
+def check_intervals(config: Config) -> None:
+    """A checkpoint that is to stay for good is one that gets written."""
+    interval, keep = config.checkpoint.interval, config.checkpoint.keep_every
+    if keep is not None and keep % interval:
+        raise ConfigError(
+            f"checkpoint.keep_every={keep} is no multiple of checkpoint.interval={interval}, so "
+            f"such a step may never be saved: choose {_next_multiple(keep, interval)}"
+        )
+
+
+def check_bound(config: Config) -> list[str]:
+    """rope.bound: what B_m says about this base at this length, as an error or a warning."""
+    if config.rope.bound == "off":
+        return []
+    verdict = rope_verdict(config)
+    expected = config.rope.bound == "expect_violation"
+    base, length = f"rope.base={config.rope.base:g}", config.training.sequence_length
+    if expected and verdict.feasible:
+        raise ConfigError(
+            f"{base} supports training.sequence_length={length} (least B_m {verdict.min_b:.2f} at "
+            f"m={verdict.min_distance}), but rope.bound=expect_violation demands that it does not: "
+            "lower the base, or set rope.bound=error"
+        )
+    if verdict.feasible or expected:
+        return []
+    text = (
+        f"{base} does not support training.sequence_length={length}: B_m < 0 first at "
+        f"m={verdict.first_failing_distance}, for {verdict.failing_share:.1%} of the distances, "
+        f"least {verdict.min_b:.2f} of {config.model.head_dim // 2}; {_way_out(config)}"
+    )
+    if config.rope.bound == "warn":
+        return [text]
+    raise ConfigError(f"{text}; if that is the experiment, set rope.bound=expect_violation or warn")
+
+
+def rope_verdict(config: Config) -> BoundVerdict:
+    """B_m over the sequence length, for the frequencies that the model will have at that length.
+
+    Raises ConfigError when rope.scaling does not fit the head.
+    """
+    length = config.training.sequence_length
+    try:
+        rope = rope_frequencies(
+            config.rope.base,
+            config.model.head_dim,
+            config.rope.scaling,
+            config.rope.rotary_fraction,
+            current_length=length,
+        )
+    except ValueError as error:
+        raise ConfigError(f"rope.scaling: {error}") from None
+    return judge(rope.all_inv_freq, length)
+
+
+def feasible_and_short(config: Config, base: float) -> float:
+    """A feasible base rounded up to few digits; rounding far could leave its feasible island."""
+    for digits in range(5, 16):
+        unit = 10.0 ** (math.floor(math.log10(base)) + 1 - digits)
+        rounded = float(f"{math.ceil(base / unit) * unit:.{digits}g}")
+        trial = config.model_copy(update={"rope": config.rope.model_copy(update={"base": rounded})})
+        if rounded >= base and rope_verdict(trial).feasible:
+            return rounded
+    return base
+
+
+def divisors(number: int) -> list[int]:
+    """In rising order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _way_out(config: Config) -> str:
+    """The base to write instead; searched only where that is quick, and only for plain RoPE."""
+    length, head_dim = config.training.sequence_length, config.model.head_dim
+    fraction = config.rope.rotary_fraction
+    if isinstance(config.rope.scaling, NoScaling) and length <= _SEARCHED_LENGTH:
+        base = feasible_and_short(config, smallest_feasible_base(length, head_dim, fraction))
+        return f"the smallest base that does is {base!r}"
+    return f"`megatron-ext bound --context {length} --head-dim {head_dim}` names bases that do"
+
+
+def _choose(allowed: Iterable[int], given: int) -> str:
+    """The allowed values, those nearest to the given one when there are many."""
+    values = sorted(sorted(set(allowed), key=lambda value: abs(value - given))[:6])
+    *most, last = [str(value) for value in values]
+    return f"choose {', '.join(most)} or {last}" if most else f"choose {last}"
+
+
+def _next_multiple(number: int, factor: int) -> int:
+    return max(1, -(-number // factor)) * factor
