@@ -14,13 +14,12 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Optional
 
 from megatron_ext.config import Config, load_config, validate
 from megatron_ext.errors import UserError
 
 
-def main(arguments: Optional[list[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
@@ -76,9 +75,7 @@ def pretrain(config: Config) -> int:
         layout = blend.Layout(
             parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         )
-        done = train(
-            config, here, model, optimizer, data, layout, record, done_steps, signals
-        )
+        done = train(config, here, model, optimizer, data, layout, record, done_steps, signals)
         if done < config.training.steps:
             log.info(
                 "stopped by %s after step %d, checkpoint saved: run the same command to go on",
@@ -89,7 +86,7 @@ def pretrain(config: Config) -> int:
     return 0
 
 
-def parse(arguments: Optional[list[str]] = None) -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -12,13 +12,20 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_ext.checkpoint import manifest
 from megatron_ext.errors import UserError
@@ -43,7 +50,8 @@ def save(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded_state(model, optimizer), str(folder))
+    state = _sharded_state(model, optimizer)
+    dist_checkpointing.save(state, str(folder), SaveInProcess("torch_dist", 1))
     if dist.get_rank() == 0:
         manifest.write_json(folder / "run.json", {"step": step, **record})
     dist.barrier()
@@ -66,7 +74,7 @@ def save(
 
 def restore(
     run_dir: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer
-) -> Optional[dict[str, Any]]:
+) -> dict[str, Any] | None:
     """Load the newest checkpoint that verifies into model and optimizer, in place.
 
     Every rank calls this. Returns its run.json, or None when the run has none yet. Raises
@@ -83,11 +91,11 @@ def restore(
 
 
 def load_weights(
-    source: Path, model: list[torch.nn.Module], optimizer: Optional[MegatronOptimizer] = None
+    source: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer | None = None
 ) -> Path:
     """Load only the weights of a checkpoint, or of the newest one of a run folder; the optimizer's
     master weights, if given, follow. Returns the checkpoint. Raises UserError when there is none."""
-    checkpoint: Optional[Path] = source
+    checkpoint: Path | None = source
     if not (source / manifest.MANIFEST).is_file():
         checkpoint = newest_valid_everywhere(source)
     elif problems := manifest.verify(source):
@@ -101,7 +109,7 @@ def load_weights(
     return checkpoint
 
 
-def newest_valid_everywhere(run_dir: Path) -> Optional[Path]:
+def newest_valid_everywhere(run_dir: Path) -> Path | None:
     """The newest checkpoint that verifies, as rank 0 sees it, told to every rank."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -123,9 +131,29 @@ def bare(model: list[torch.nn.Module]) -> torch.nn.Module:
     return model[0].module if isinstance(model[0], DistributedDataParallel) else model[0]
 
 
+class SaveInProcess(TorchDistSaveShardedStrategy):
+    """Megatron-Core's torch_dist format, written by this very process.
+
+    Its own writer forks two processes for each save and keeps a third one, of 280 MB, which a
+    SIGTERM to the process group kills in the middle of a save and which a SIGKILL leaves behind.
+    """
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
+        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        torch.distributed.checkpoint.save(
+            mcore_to_pyt_state_dict(tensors, False),
+            storage_writer=FileSystemWriter(checkpoint_dir),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            ),
+        )
+
+
 def _sharded_state(
     model: list[torch.nn.Module],
-    optimizer: Optional[MegatronOptimizer] = None,
+    optimizer: MegatronOptimizer | None = None,
     loading: bool = False,
 ) -> dict[str, Any]:
     metadata = {

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import xxhash
@@ -32,7 +32,7 @@ class _TokenizerFacts:
 
     eod: int = -1  # only looked at when documents are masked apart
     pad: int = -1  # no id of a token file, so no token is ever taken for padding
-    vocab_size: Optional[int] = None  # None: the type of the ids is read from the .idx
+    vocab_size: int | None = None  # None: the type of the ids is read from the .idx
 
     @property
     def unique_identifiers(self) -> dict[str, Any]:
@@ -151,9 +151,7 @@ def tokenizer_path(config: Config) -> Path:
         path = _receipt(corpus.path).get("tokenizer", {}).get("path")
         if path:
             return Path(path)
-    raise UserError(
-        "no receipt beside the corpora names their tokenizer: set data.tokenizer=PATH"
-    )
+    raise UserError("no receipt beside the corpora names their tokenizer: set data.tokenizer=PATH")
 
 
 @dataclass(frozen=True)

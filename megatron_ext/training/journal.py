@@ -17,7 +17,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import psutil
 import torch
@@ -163,7 +163,7 @@ def _drop_records_after(file: Path, done_steps: int) -> None:
     temporary.replace(file)
 
 
-def _peak_tflops(device: torch.device) -> Optional[float]:
+def _peak_tflops(device: torch.device) -> float | None:
     name = _device_name(device)
     return next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
 
@@ -188,7 +188,7 @@ def _duration(seconds: float) -> str:
     return (f"{days}d " if days else "") + f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _code_revision() -> Optional[str]:
+def _code_revision() -> str | None:
     root = Path(__file__).parents[2]
     try:
         answer = subprocess.run(

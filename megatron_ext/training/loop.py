@@ -1,6 +1,6 @@
 """The loop: steps, log lines, validation, checkpoints, until the budget is spent or a signal comes.
 
-    done = train(config, here, model, optimizer, data, done_steps=0)
+done = train(config, here, model, optimizer, data, done_steps=0)
 """
 
 import logging
@@ -62,7 +62,9 @@ def train(
             )
         if (done % config.evaluation.interval == 0 or done == steps) and not stop:
             held_out = micro_batches(data[1], config, layout, 0, config.evaluation.batches)
-            journal.validation(done, evaluate_loss(held_out, model, config, config.evaluation.batches))
+            journal.validation(
+                done, evaluate_loss(held_out, model, config, config.evaluation.batches)
+            )
         if done % config.checkpoint.interval == 0 or done == steps or stop:
             path = sharded.save(config.training.run_dir, done, model, optimizer, record)
             saved = done

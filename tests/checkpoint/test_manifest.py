@@ -1,0 +1,79 @@
+"""What counts as a checkpoint, what is found wrong, what may be deleted."""
+
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ext.checkpoint import manifest
+
+
+def make_checkpoint(run_dir: Path, step: int, size: int = 1000) -> Path:
+    folder = manifest.checkpoint_dir(run_dir, step)
+    folder.mkdir(parents=True)
+    for name in ("a.distcp", "run.json"):
+        (folder / name).write_bytes(bytes((i * 7 + step) % 256 for i in range(size)))
+    manifest.write_manifest(folder, manifest.file_facts(folder, ["a.distcp", "run.json"]))
+    return folder
+
+
+def test_whole_checkpoint_verifies(tmp_path: Path) -> None:
+    assert manifest.verify(make_checkpoint(tmp_path, 5)) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.integers(0, 999), bit=st.integers(0, 7))
+def test_any_flipped_bit_is_found(tmp_path_factory, place: int, bit: int) -> None:
+    folder = make_checkpoint(tmp_path_factory.mktemp("run"), 5)
+    content = bytearray((folder / "a.distcp").read_bytes())
+    content[place] ^= 1 << bit
+    (folder / "a.distcp").write_bytes(content)
+    assert [p for p in manifest.verify(folder) if "a.distcp" in p]
+
+
+def test_truncated_and_missing_files_are_named(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 5)
+    (folder / "a.distcp").write_bytes(b"short")
+    (folder / "run.json").unlink()
+    problems = manifest.verify(folder)
+    assert any("a.distcp has 5 bytes instead of 1000" in p for p in problems)
+    assert any("run.json is missing" in p for p in problems)
+
+
+def test_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 5)
+    (make_checkpoint(tmp_path, 6) / manifest.MANIFEST).unlink()
+    assert manifest.find_checkpoints(tmp_path) == [manifest.checkpoint_dir(tmp_path, 5)]
+
+
+def test_newest_valid_skips_damaged_ones_and_tells(tmp_path: Path) -> None:
+    older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 6)
+    (newer / "a.distcp").write_bytes(b"")
+    found, problems = manifest.newest_valid(tmp_path)
+    assert found == older
+    assert len(problems) == 1
+    (older / manifest.MANIFEST).write_text("{")
+    found, problems = manifest.newest_valid(tmp_path)
+    assert found is None
+    assert len(problems) == 2
+
+
+def test_prune_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        make_checkpoint(tmp_path, step)
+    leftover = tmp_path / "checkpoints" / "step_00000080.unfinished"
+    leftover.mkdir()
+    manifest.prune(tmp_path, keep_last=2, keep_every=30)
+    kept = [manifest.step_of(folder) for folder in manifest.find_checkpoints(tmp_path)]
+    assert kept == [70, 60, 30]
+    assert not leftover.exists()
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    manifest.write_json(file, {"a": 1})
+    try:
+        manifest.write_json(file, {"a": object()})
+    except TypeError:
+        pass
+    assert file.read_text() == '{\n "a": 1\n}\n'

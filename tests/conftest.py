@@ -1,0 +1,100 @@
+"""A small real corpus and the real entry points, shared by all tests."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+VOCAB_SIZE = 512
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real text and tokenizers that lie beside the checkout on some machines."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared, which is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of token files made by the command-line tools from the interpreter's own library."""
+    folder = tmp_path_factory.mktemp("corpus")
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]
+    with (folder / "docs.jsonl").open("w") as out:
+        for source in sources:
+            text = source.read_text(encoding="utf-8", errors="replace")
+            out.write(json.dumps({"text": text, "meta": {"source": source.name}}) + "\n")
+    docs, tokenizer = str(folder / "docs.jsonl"), str(folder / "tokenizer.model")
+    for command in (
+        ["train-tokenizer", docs, "--vocab-size", str(VOCAB_SIZE), "--output", tokenizer],
+        ["tokenize", docs, "--tokenizer", tokenizer, "--output", str(folder / "corpus")],
+    ):
+        subprocess.run([sys.executable, "-m", "data_tools", *command], check=True, cwd=ROOT)
+    return folder / "corpus"
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, corpus: Path) -> Path:
+    """A run of 20 steps of a 0.2M-parameter Llama, under a second of work on one core."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        f"""\
+model: {{num_layers: 4, hidden_size: 64, ffn_hidden_size: 176, num_heads: 4, vocab_size: 512}}
+rope: {{base: 1e4}}
+data: {{num_workers: 0, corpora: {{library: {{path: {corpus}}}}}}}
+training:
+  run_dir: {tmp_path / "run"}
+  sequence_length: 64
+  global_batch_size: 8
+  micro_batch_size: 1
+  steps: 20
+optimizer: {{lr: 3e-3}}
+precision: {{dtype: fp32}}
+logging: {{interval: 1}}
+"""
+    )
+    return file
+
+
+def launch(*arguments: object, processes: int = 1) -> list[str]:
+    """The command line of `pretrain.py` under plain python or, for several processes, torchrun."""
+    script = [str(ROOT / "pretrain.py"), *map(str, arguments)]
+    if processes == 1:
+        return [sys.executable, *script]
+    runner = [sys.executable, "-m", "torch.distributed.run"]
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    return [*runner, "--nproc-per-node", str(processes), *address, *script]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process: several share two cores, and sums keep their order."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def pretrain(*arguments: object, processes: int = 1, code: int = 0) -> str:
+    """Run the real entry point to its end, demand its exit code, return what it printed."""
+    done = subprocess.run(
+        launch(*arguments, processes=processes),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout[-4000:]
+    return done.stdout
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

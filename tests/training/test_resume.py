@@ -1,0 +1,154 @@
+"""A run that was killed or stopped goes on as if nothing had happened."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import environment, launch, metrics, pretrain
+
+NUMBERS = ("step", "loss", "grad_norm", "lr", "validation_loss")
+
+
+def numbers(run_dir: Path) -> list[tuple]:
+    return [tuple(record.get(name) for name in NUMBERS) for record in metrics(run_dir)]
+
+
+def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
+    return subprocess.Popen(
+        launch(*arguments, processes=processes),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    """Until metrics.jsonl tells of the step; fails when the process ends before."""
+    file = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.is_file() and f'"step": {step},' in file.read_text()):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"no step {step} within 120 s"
+        time.sleep(0.005)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and every worker: no one can tidy up."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.communicate(timeout=60)
+
+
+# A long run at a constant rate, so that the kill comes before the end however fast the machine is.
+LONG = ["training.steps=400", "schedule.type=constant", "checkpoint.interval=10"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        (1, []),
+        (2, ["parallel.distributed_optimizer=true"]),
+        (1, ["precision.dtype=bf16"]),
+        pytest.param(4, ["parallel.tensor=2", "parallel.pipeline=2"], marks=pytest.mark.slow),
+    ],
+    ids=["one process", "distributed optimizer", "bf16", "tensor and pipeline"],
+)
+def test_killed_run_repeats_the_same_losses_bit_for_bit(
+    processes: int, settings: list[str], config_file: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    common = [config_file, *LONG, *settings]
+    # Both are ended by a signal some time after step 25, the first one in order.
+    uninterrupted = start(*common, f"training.run_dir={whole}", processes=processes)
+    wait_for_step(uninterrupted, whole, 35)
+    kill_all(uninterrupted)
+
+    first = start(*common, f"training.run_dir={killed}", processes=processes)
+    wait_for_step(first, killed, 13)
+    kill_all(first)
+    second = start(*common, f"training.run_dir={killed}", processes=processes)
+    wait_for_step(second, killed, 35)
+    kill_all(second)
+
+    assert numbers(killed)[:35] == numbers(whole)[:35]
+
+
+def test_checkpoint_is_read_at_another_layout(config_file: Path, tmp_path: Path) -> None:
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    common = [config_file, "training.steps=20", "checkpoint.interval=10"]
+    pretrain(*common, f"training.run_dir={whole}")
+    layout = ["parallel.tensor=2", "parallel.distributed_optimizer=true"]
+    process = start(*common, *layout, f"training.run_dir={moved}", processes=4)
+    process.communicate(timeout=300)
+    # Back to the checkpoint of step 10, as if the run had been killed after it.
+    newest = moved / "checkpoints" / "step_00000020" / "manifest.json"
+    newest.unlink()
+    printed = pretrain(*common, f"training.run_dir={moved}")
+    assert "resuming after step 10" in printed
+    for ours, reference in zip(metrics(moved), metrics(whole), strict=True):
+        if "loss" in reference:
+            assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_saves_and_the_same_command_goes_on(
+    number: signal.Signals, config_file: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    process = start(config_file, *LONG)
+    wait_for_step(process, run_dir, 3)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert f"stopped by {number.name}" in printed
+    stopped_at = metrics(run_dir)[-1]["step"]
+    assert (run_dir / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").is_file()
+
+    again = start(config_file, *LONG)
+    wait_for_step(again, run_dir, stopped_at + 2)
+    kill_all(again)
+    steps = [record["step"] for record in metrics(run_dir)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_older_one_used(
+    config_file: Path, tmp_path: Path
+) -> None:
+    common = [config_file, "checkpoint.interval=10"]
+    pretrain(*common)
+    shard = next((tmp_path / "run/checkpoints/step_00000020").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    printed = pretrain(*common)
+    assert f"{shard} has the right size but not the content that was written" in printed
+    assert "resuming after step 10" in printed
+
+
+def test_other_data_is_refused_with_the_difference(config_file: Path) -> None:
+    pretrain(config_file, "training.steps=2")
+    printed = pretrain(config_file, "training.steps=2", "training.seed=7", code=2)
+    assert "seed=1234" in printed and "Traceback" not in printed
+
+
+def test_weights_start_from_another_run(config_file: Path, tmp_path: Path) -> None:
+    pretrain(config_file)
+    fresh = tmp_path / "fine-tune"
+    pretrain(
+        config_file,
+        f"training.init_from={tmp_path / 'run'}",
+        f"training.run_dir={fresh}",
+        "rope.base=1e6",
+        "training.steps=2",
+    )
+    # A trained model starts far below ln(512) = 6.24.
+    assert metrics(fresh)[0]["loss"] < 5.7
