@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from data_tools.errors import Failure
-from data_tools.tables import PREFIX_ALWAYS, PREFIX_NEVER, Unsuitable, build_tables
+from data_tools.tables import PREFIX_ALWAYS, PREFIX_NEVER, Unsuitable, load_tables
 from data_tools.tokenizer import Tokenizer
 
 AUDIT_EVERY = (
@@ -43,7 +43,7 @@ def make_encoder(tokenizer: Tokenizer, fast: bool = True) -> Encoder:
     if not fast:
         return LibraryEncoder(tokenizer, "the fast path is switched off")
     try:
-        tables = build_tables(tokenizer)
+        tables = load_tables(tokenizer)
     except Unsuitable as reason:
         return LibraryEncoder(tokenizer, f"{reason}: ids come from the tokenizer's own library")
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,18 @@ import orjson
 import xxhash
 
 COPY_BYTES = 8 << 20
+
+
+def cache_folder(name: str) -> Path:
+    """The user's cache folder for `name`, or a temporary one where that cannot be written."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "megatron-ext" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.gettempdir()) / f"megatron-ext-{os.getuid()}" / name
 
 
 def fsync_folder(folder: Path) -> None:

@@ -11,9 +11,8 @@ ids (one 64-byte line of the processor's cache); others, and misses, are merged 
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
+import contextlib
+import mmap
 from typing import Any
 
 import numba
@@ -23,6 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from data_tools.files import cache_folder
 from data_tools.tables import FREE, MULTIPLIER, Tables
 
 PAD = 32  # readable bytes after the text: keys are loaded eight bytes at a time
@@ -31,22 +31,9 @@ KEY_BYTES = 32
 SHORT = 48  # characters; longer units keep their pairs in a heap
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
-
-def _compiled_code_folder() -> str:
-    """Where compiled code is kept: the user's cache folder, since the package may be read-only."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base) / "megatron-ext" / "numba"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return str(folder)
-    except OSError:
-        return str(Path(tempfile.gettempdir()) / f"megatron-ext-numba-{os.getuid()}")
-
-
 # Numba reads the setting when a function is decorated; it is put back at the end of this module.
 _configured = numba.config.CACHE_DIR
-numba.config.CACHE_DIR = _configured or _compiled_code_folder()
+numba.config.CACHE_DIR = _configured or str(cache_folder("numba"))
 _M1, _M2, _M3 = (np.uint64(c) for c in (0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB))
 
 
@@ -372,6 +359,17 @@ def _encode(text, ends, cuts, singles, tables, cache, packed, before, after, out
 numba.config.CACHE_DIR = _configured
 
 
+def _large_array(size: int) -> np.ndarray:
+    """Zeros on huge pages where the system has them: random access then misses the TLB less."""
+    # Private: forked workers must not share it, or they would read each other's half-written lines.
+    memory = mmap.mmap(-1, size + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    array = np.frombuffer(memory, dtype=np.uint8)
+    return array[-array.ctypes.data % (2 << 20) :][:size]
+
+
 class Kernel:
     """Tables and a cache of `cache_lines` units (64 bytes each, a power of two)."""
 
@@ -382,7 +380,7 @@ class Kernel:
         small = tables.vocab_size <= 65536
         self.dtype = np.dtype(np.uint16 if small else np.int32)
         self._packed = 4 if small else 2
-        self._cache = np.zeros(64 * cache_lines, dtype=np.uint8)
+        self._cache = _large_array(64 * cache_lines)
         self._cuts = tables.cuts.view(np.uint8)
         shift = np.uint64(64 - (len(tables.pair_keys).bit_length() - 1))
         self._tables = (

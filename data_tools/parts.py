@@ -15,6 +15,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,6 +64,11 @@ class Worker:
     encoder: Encoder
     folder: Path
 
+    @cached_property
+    def control_tokens(self) -> list[bytes]:
+        """Their literal spelling, which must stay text."""
+        return [token.encode() for token in self.tokenizer.control_tokens()]
+
 
 def encode_part(part: Part, options: Options, worker: Worker) -> Part:
     """Encode one part to its file in `worker.folder`; returns the part, for the writer."""
@@ -103,7 +109,7 @@ class _Collector:
         self.after = tokenizer.eod_id if options.append_eod and tokenizer.eod_id is not None else -1
         self.around = (self.before >= 0) + (self.after >= 0)
         self.dtype = indexed.token_dtype(tokenizer.vocab_size)
-        self.control = [token.encode() for token in tokenizer.control_tokens()]
+        self.control = worker.control_tokens
         self.texts: list[bytes] = []
         self.slices: list[str] = []
         self.characters: list[int] = []
