@@ -130,7 +130,9 @@ class Data(Section):
 class Training(Section):
     """How long, how much at once, where to."""
 
-    run_dir: Path = setting(unset="runs/ and the config file's name without .yaml")
+    run_dir: Path = setting(
+        Path("runs/unnamed"), unset="runs/ and the config file's name without .yaml"
+    )
     """Folder of the run: resolved config, metrics, checkpoints, evaluation."""
     init_from: Path | None = setting(None)
     """Run folder or checkpoint whose weights a new run starts from; its optimizer state and step
