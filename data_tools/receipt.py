@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
+import xxhash
 
 from data_tools.errors import UserError
-from data_tools.files import read_json
+from data_tools.files import read_json, write_json
 from data_tools.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -46,6 +48,23 @@ def read_receipt(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
             f"{path} is not a receipt of this version ({error}): remove it or make it anew"
         ) from error
     return receipt
+
+
+def write_receipt(prefix: str | os.PathLike[str], receipt: dict[str, Any]) -> dict[str, Any]:
+    """Write a receipt with a checksum of itself; returns it."""
+    receipt = {**receipt, "checksum": _own_checksum(receipt)}
+    write_json(receipt_path(prefix), receipt)
+    return receipt
+
+
+def is_intact(receipt: dict[str, Any]) -> bool:
+    """Whether a receipt says what it said when it was written."""
+    return receipt.get("checksum") == _own_checksum(receipt)
+
+
+def _own_checksum(receipt: dict[str, Any]) -> str:
+    body = {key: value for key, value in receipt.items() if key != "checksum"}
+    return f"xxh128:{xxhash.xxh3_128_hexdigest(orjson.dumps(body, option=orjson.OPT_SORT_KEYS))}"
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def _tables(
         lengths[symbol] = len(data)
         if len(piece) == 1:
             characters[ord(piece.replace(SPACE_MARK, " "))] = symbol
-        for a, b in zip(data, data[1:], strict=False):
+        for a, b in pairwise(data):
             cuts[a, b] = False
     keys, values = _hash_pairs(merges)
     byte_ids = np.array([bytes_[f"<0x{b:02X}>"] for b in range(256)], dtype=np.int32)

@@ -11,8 +11,6 @@ from something else (unless `overwrite`), and more bad lines than `max_rejected`
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import shutil
 import sys
@@ -27,19 +25,13 @@ from data_tools.corpus import Source, find_sources
 from data_tools.documents import HARMLESS
 from data_tools.encoding import make_encoder
 from data_tools.errors import Failure, UserError
-from data_tools.files import checksum, read_json, write_json
+from data_tools.files import checksum, write_json
 from data_tools.options import Allowance, Options
-from data_tools.pair import publish, shuffled
+from data_tools.pair import shuffled
 from data_tools.parts import Part, read_part
 from data_tools.progress import Progress
-from data_tools.receipt import (
-    FORMAT,
-    command_line,
-    describe_tokenizer,
-    read_receipt,
-    receipt_path,
-    versions,
-)
+from data_tools.publication import finished, publish_all, work_folder
+from data_tools.receipt import FORMAT, command_line, describe_tokenizer, versions
 from data_tools.shares import SPOOLED, Share, share_out
 from data_tools.spool import spool_parts
 from data_tools.tokenizer import Tokenizer
@@ -86,18 +78,10 @@ def tokenize(
         "tokenizer": {"hash": loaded.hash, "eod_id": loaded.eod_id, "bos_id": loaded.bos_id},
         "options": options.recorded(),
     }
-    known = read_receipt(prefix)
+    known = finished(prefix, wanted, overwrite)
     if known is not None:
-        if _same(known, wanted):
-            # A run killed after its last step leaves its work folder behind.
-            shutil.rmtree(prefix.with_name(f"{prefix.name}.work"), ignore_errors=True)
-            return {**known, "reused": True}
-        if not overwrite:
-            raise UserError(
-                f"{prefix} exists and was made from other inputs, options or another tokenizer: "
-                "choose another --output, or write --overwrite to replace it"
-            )
-    with _work_folder(prefix, wanted, overwrite) as folder:
+        return known
+    with work_folder(prefix, wanted, overwrite) as folder:
         if not (folder / "publish.json").exists():
             run = _Run(folder, sources, loaded, options, prefix, allowance, setup, workers, quiet)
             receipt = {
@@ -109,9 +93,7 @@ def tokenize(
                 "command": command_line(),
             }
             write_json(folder / "publish.json", receipt)
-        receipt = read_json(folder / "publish.json")
-        _publish(folder, prefix, receipt)
-    return {**receipt, "reused": False}
+        return publish_all(folder, prefix)
 
 
 def _refuse_missing_tokens(tokenizer: Tokenizer, options: Options) -> None:
@@ -125,62 +107,6 @@ def _refuse_missing_tokens(tokenizer: Tokenizer, options: Options) -> None:
                 f"{flag} needs a token that {tokenizer.path} does not name: write {other} with one of its "
                 f"control tokens ({control}), or --no{flag[1:]}"
             )
-
-
-def _same(receipt: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether finished files come from the same things and are all there."""
-    made = receipt["wanted"]
-    if {**made, "inputs": 0} != {**wanted, "inputs": 0} or len(made["inputs"]) != len(
-        wanted["inputs"]
-    ):
-        return False
-    sums = {entry["path"]: entry["checksum"] for entry in receipt["inputs"] if "start" not in entry}
-    for old, new in zip(made["inputs"], wanted["inputs"], strict=True):
-        if old == new and new["path"] != "-":
-            continue
-        # A file that was written again with the same content is the same file.
-        if (old["path"], old["size"]) != (new["path"], new["size"]) or new["path"] == "-":
-            return False
-        if sums.get(new["path"]) != checksum(new["path"]):
-            return False
-    return True
-
-
-@contextlib.contextmanager
-def _work_folder(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> Iterator[Path]:
-    """PREFIX.work/, locked, holding this plan's work and no other's."""
-    folder = prefix.with_name(f"{prefix.name}.work")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"--output {prefix} cannot be written ({error.strerror}): choose another place"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another data-tools is writing {prefix}: wait for it, or choose another --output"
-            ) from error
-        plan = folder / "plan.json"
-        known = read_json(plan) if plan.exists() else None
-        unrepeatable = any(entry["path"] == "-" for entry in wanted["inputs"])
-        if known is not None and known != wanted and not overwrite:
-            raise UserError(
-                f"{folder} holds unfinished work on other inputs, options or another tokenizer: choose "
-                "another --output, or write --overwrite to discard it"
-            )
-        if known != wanted or unrepeatable:
-            for child in folder.iterdir():
-                if child.is_dir():
-                    shutil.rmtree(child)
-                elif child.name != "lock":
-                    child.unlink()
-            write_json(plan, wanted)
-        (folder / "parts").mkdir(exist_ok=True)
-        yield folder
 
 
 class _Run:
@@ -382,41 +308,3 @@ class _Run:
 
         with ThreadPoolExecutor(max(1, self.worker_count)) as pool:
             return list(pool.map(describe, self.shares))
-
-
-def _publish(folder: Path, prefix: Path, receipt: dict[str, Any]) -> None:
-    """Files into place, the receipt last, the work folder away. Harmless to repeat."""
-    pairs_folder = receipt.pop("pairs_folder")
-    receipt_path(prefix).unlink(missing_ok=True)  # of what is being replaced
-    publish(folder / pairs_folder, prefix, receipt["outputs"]["pairs"])
-    listed = Path(f"{prefix}.rejected.jsonl")
-    rejects = folder / "rejected.jsonl"
-    if rejects.exists():
-        if rejects.stat().st_size:
-            os.replace(rejects, listed)
-        else:
-            rejects.unlink()
-            listed.unlink(missing_ok=True)
-    if len(receipt["outputs"]["pairs"]) > 1 or receipt["options"]["shard_tokens"]:
-        for pair in receipt["outputs"]["pairs"]:
-            write_json(
-                receipt_path(prefix.with_name(pair["prefix"])), _shard_receipt(receipt, pair)
-            )
-    write_json(receipt_path(prefix), receipt)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _shard_receipt(receipt: dict[str, Any], pair: dict[str, Any]) -> dict[str, Any]:
-    """A shard can be loaded, verified and merged alone; slices are counted for all shards together."""
-    counts = {
-        "documents": pair["documents"],
-        "tokens": pair["tokens"],
-        "rejected": {},
-        "slices": {},
-    }
-    return {
-        **receipt,
-        "counts": counts,
-        "lengths": [],
-        "outputs": {**receipt["outputs"], "pairs": [pair]},
-    }

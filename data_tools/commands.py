@@ -1,0 +1,228 @@
+"""One function a command of `data-tools`: arguments in, a library call, a few printed lines out.
+
+    run_inspect(argparse.Namespace(prefix="corpus", json=False))
+
+Libraries are imported by the command that needs them, so that every command starts at once.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from data_tools.errors import Failure, UserError
+
+
+def run_tokenize(given: Namespace) -> None:
+    from data_tools.options import Options, parse_task
+    from data_tools.tokenization import tokenize
+
+    task = parse_task(given.task)
+    options = Options(
+        append_eod=given.append_eod,
+        prepend_bos=given.prepend_bos,
+        text_keys=_words(given.text_key),
+        min_tokens=given.min_tokens,
+        max_line_bytes=given.max_line_bytes,
+        shard_tokens=given.shard_tokens,
+        seed=given.seed,
+        task=task,
+    )
+    prefix = given.output
+    if task[1] > 1:
+        prefix = f"{prefix}.task-{task[0]:05d}-of-{task[1]:05d}"
+    receipt = tokenize(
+        given.inputs,
+        given.tokenizer,
+        prefix,
+        options,
+        workers=given.workers,
+        max_rejected=given.max_rejected,
+        eod_token=given.eod_token,
+        bos_token=given.bos_token,
+        overwrite=given.overwrite,
+        fast=given.fast,
+        quiet=given.quiet,
+    )
+    rejected = sum(receipt["counts"]["rejected"].values())
+    tail = f", {rejected:,} lines rejected (see {prefix}.rejected.jsonl)" if rejected else ""
+    _show(given, receipt, _written(prefix, receipt) + tail)
+
+
+def run_train(given: Namespace) -> None:
+    from data_tools.tokenizer_training import train_tokenizer
+
+    receipt = train_tokenizer(
+        given.inputs,
+        given.output,
+        given.vocab_size,
+        sample_bytes=given.sample_bytes,
+        seed=given.seed,
+        character_coverage=given.character_coverage,
+        text_keys=_words(given.text_key),
+    )
+    model, sample = receipt["model"], receipt["sample"]
+    _show(
+        given,
+        receipt,
+        f"{model['path']}: {_done(receipt)}, {model['vocab_size']:,} pieces from "
+        f"{sample['documents']:,} documents, {sample['bytes'] / 1e6:.1f} MB",
+    )
+
+
+def run_merge(given: Namespace) -> None:
+    from data_tools.merge import merge
+
+    receipt = merge(
+        given.inputs,
+        given.output,
+        seed=given.seed,
+        shard_tokens=given.shard_tokens,
+        overwrite=given.overwrite,
+    )
+    _show(given, receipt, _written(given.output, receipt))
+
+
+def run_split(given: Namespace) -> None:
+    from data_tools.splitting import split
+
+    shares: dict[str, float] = {}
+    for word in _words(given.shares):
+        name, _, share = word.partition("=")
+        try:
+            shares[name] = float(share)
+        except ValueError as error:
+            raise UserError(
+                f"--shares {given.shares} is not NAME=SHARE,...: write train=0.98,valid=0.02"
+            ) from error
+    receipts = split(given.prefix, shares, seed=given.seed, overwrite=given.overwrite)
+    lines = [_written(f"{given.prefix}-{name}", receipt) for name, receipt in receipts.items()]
+    _show(given, receipts, "\n".join(lines))
+
+
+def run_verify(given: Namespace) -> None:
+    from data_tools.receipt import read_receipt
+    from data_tools.verification import verify
+
+    found = {prefix: verify(prefix) for prefix in given.prefixes}
+    lines = []
+    for prefix, problems in found.items():
+        if not problems:
+            receipt = read_receipt(prefix) is not None
+            lines.append(f"{prefix}: sound" + ("" if receipt else " (no receipt: structure only)"))
+        lines += [f"{prefix}: {problem}" for problem in problems]
+    _show(given, found, "\n".join(lines))
+    if bad := [prefix for prefix, problems in found.items() if problems]:
+        raise Failure(f"{len(bad)} of {len(found)} damaged: {', '.join(bad)}")
+
+
+def run_inspect(given: Namespace) -> None:
+    from data_tools.inspection import show_summary, summary
+
+    found = summary(given.prefix)
+    _show(given, found, show_summary(found))
+
+
+def run_lengths(given: Namespace) -> None:
+    from data_tools.inspection import context_lengths
+
+    try:
+        contexts = [int(word) for word in _words(given.contexts)]
+    except ValueError as error:
+        raise UserError(
+            f"--contexts {given.contexts} is not a list of numbers: write 4096,32768"
+        ) from error
+    rows = context_lengths(given.prefix, contexts)
+    lines = ["  context  longer documents  tokens in them   share  share beyond the context"]
+    for row in rows:
+        lines.append(
+            f"{row['context']:>9,} {row['documents_longer']:>17,} {row['tokens_in_longer']:>15,} "
+            f"{row['share_of_tokens']:>7.1%} {row['share_of_tokens_beyond']:>25.1%}"
+        )
+    _show(given, rows, "\n".join(lines))
+
+
+def run_peek(given: Namespace) -> None:
+    from data_tools.inspection import peek
+
+    documents = given.documents or ([] if given.sample else [0])
+    found = peek(
+        given.prefix,
+        documents,
+        sample=given.sample,
+        seed=given.seed,
+        tokenizer=given.tokenizer,
+        max_tokens=given.max_tokens,
+    )
+    parts = [
+        f"--- document {one['document']:,}, {one['tokens']:,} tokens\n{one['text']}"
+        for one in found
+    ]
+    _show(given, found, "\n".join(parts))
+
+
+def run_download(given: Namespace) -> None:
+    from data_tools.downloading import download
+
+    found = download(
+        given.manifest,
+        given.output,
+        checksums=given.checksums,
+        connections=given.connections,
+        quiet=given.quiet,
+    )
+    unsure = found["without_checksum"]
+    _show(
+        given,
+        found,
+        f"{given.output}: {found['files']:,} files, {found['bytes'] / 1e6:,.1f} MB, "
+        f"{found['fetched']:,} fetched now"
+        + (f"; {unsure:,} have no checksum, only their length was compared" if unsure else ""),
+    )
+
+
+def run_dedup(given: Namespace) -> None:
+    from data_tools.deduplication import deduplicate
+
+    found = deduplicate(
+        given.inputs,
+        given.report,
+        near=given.near,
+        threshold=given.threshold,
+        output=given.output,
+        text_keys=_words(given.text_key),
+    )
+    share = found["duplicate_bytes"] / max(1, found["bytes"])
+    _show(
+        given,
+        found,
+        f"{given.report}: {found['duplicates']:,} of {found['documents']:,} documents are duplicates "
+        f"({found['exact']:,} exact, {found['near']:,} near), {share:.1%} of the text"
+        + (f"; {given.output} holds the rest" if found["removed"] else "; nothing was removed"),
+    )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
+
+
+def _done(receipt: dict[str, Any]) -> str:
+    return "already done" if receipt["reused"] else "written"
+
+
+def _written(prefix: str, receipt: dict[str, Any]) -> str:
+    counts, pairs = receipt["counts"], receipt["outputs"]["pairs"]
+    shards = f" ({len(pairs)} pairs)" if len(pairs) > 1 else ""
+    return (
+        f"{prefix}.bin/.idx{shards}: {_done(receipt)}, {counts['documents']:,} documents, "
+        f"{counts['tokens']:,} tokens"
+    )
+
+
+def _show(given: Namespace, result: Any, text: str) -> None:
+    if given.json:
+        import orjson
+
+        print(orjson.dumps(result, option=orjson.OPT_INDENT_2).decode())
+    else:
+        print(text)

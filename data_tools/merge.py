@@ -1,0 +1,268 @@
+"""Several .bin/.idx pairs to one, by copying bytes; nothing is encoded again.
+
+    merge(["all.task-00000-of-00002", "all.task-00001-of-00002"], "all")
+
+Memory does not grow with the number of documents. Checksums of the inputs are compared while they
+are copied. Refuses pairs of different dtype or tokenizer, a task of a `tokenize --task` that is
+missing, and an index this tool (one sequence a document, without gaps) would not have written.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_tools import indexed
+from data_tools.errors import Failure, UserError
+from data_tools.files import COPY_BYTES, write_json
+from data_tools.indexed import CHUNK, Index
+from data_tools.pair import PairWriter, shuffled
+from data_tools.publication import finished, publish_all, work_folder
+from data_tools.receipt import BINS, FORMAT, command_line, histogram, read_receipt, versions
+
+Pair = tuple[str, Index, "dict[str, Any] | None"]
+
+
+def merge(
+    inputs: Sequence[str],
+    prefix: str | os.PathLike[str],
+    *,
+    seed: int | None = None,
+    shard_tokens: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Merge pairs in the order given (globs sorted); returns the receipt of the whole.
+
+    Raises `UserError` (exit code 2) and `Failure` (exit code 1: an input is damaged).
+    """
+    prefix = Path(prefix)
+    pairs = [(name, indexed.read_index(name), read_receipt(name)) for name in find_prefixes(inputs)]
+    _refuse_mixtures(pairs)
+    wanted = {
+        "inputs": [_identity(name) for name, _, _ in pairs],
+        "tokenizer": {},
+        "options": {"seed": seed, "shard_tokens": shard_tokens},
+    }
+    known = finished(prefix, wanted, overwrite)
+    if known is not None:
+        return known
+    with work_folder(prefix, wanted, overwrite) as folder:
+        if not (folder / "publish.json").exists():
+            shutil.rmtree(folder / "pairs", ignore_errors=True)
+            writer = PairWriter(
+                folder / "pairs", pairs[0][1].dtype, 0 if seed is not None else shard_tokens
+            )
+            lengths = np.zeros(BINS, dtype=np.int64)
+            for name, index, receipt in pairs:
+                lengths += _copy(name, index, receipt, writer)
+            outputs = writer.complete(prefix)
+            if seed is not None:
+                shutil.rmtree(folder / "shuffle", ignore_errors=True)
+                writer = shuffled(writer, folder / "shuffle", seed, shard_tokens)
+                outputs = writer.complete(prefix)
+            rejected = _join_rejected(pairs, folder)
+            receipt = {
+                **_joined_receipt(pairs, outputs, lengths, seed, shard_tokens),
+                "wanted": wanted,
+                "rejected_lines": rejected,
+                "pairs_folder": str(writer.folder.relative_to(folder)),
+            }
+            write_json(folder / "publish.json", receipt)
+        return publish_all(folder, prefix)
+
+
+def find_prefixes(inputs: Sequence[str]) -> list[str]:
+    """Prefixes as given, or all that a glob of .idx (or .bin) files matches, sorted, each once."""
+    found: list[str] = []
+    for text in inputs:
+        if indexed.paths(text)[1].is_file():
+            found.append(text)
+            continue
+        matches = sorted(
+            {
+                re.sub(r"\.(bin|idx)$", "", name)
+                for name in glob.glob(text)
+                if name.endswith((".bin", ".idx"))
+            }
+        )
+        if not matches:
+            raise UserError(
+                f"{text} is no .bin/.idx pair and matches none: name prefixes or a glob of .idx files"
+            )
+        found += matches
+    found = [re.sub(r"\.(bin|idx)$", "", name) for name in found]
+    doubled = [name for name, times in Counter(map(os.path.realpath, found)).items() if times > 1]
+    if doubled:
+        raise UserError(f"{doubled[0]} is given twice: its documents would be there twice")
+    return found
+
+
+def _identity(name: str) -> dict[str, Any]:
+    stat = os.stat(indexed.paths(name)[0])
+    return {"path": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _refuse_mixtures(pairs: Sequence[Pair]) -> None:
+    first, index, receipt = pairs[0]
+    for name, other, _ in pairs:
+        if other.dtype != index.dtype:
+            raise UserError(
+                f"{name} holds {other.dtype}, {first} holds {index.dtype}: encode both with one tokenizer"
+            )
+        if other.documents != len(other.lengths):
+            raise UserError(
+                f"{name} has several sequences in a document: only pairs of one each can be merged"
+            )
+    keys = ("hash", "eod_id", "bos_id")
+    for name, _, other_receipt in pairs:
+        if (receipt is None) != (other_receipt is None):
+            raise UserError(
+                f"only one of {first} and {name} has a receipt: their tokenizers cannot be compared"
+            )
+        if receipt is None or other_receipt is None:
+            continue
+        for key in keys:
+            if receipt["tokenizer"].get(key) != other_receipt["tokenizer"].get(key):
+                raise UserError(
+                    f"{name} and {first} differ in the tokenizer's {key}: encode both with the same tokenizer"
+                )
+        for option in ("append_eod", "prepend_bos"):
+            if receipt["options"].get(option) != other_receipt["options"].get(option):
+                raise UserError(
+                    f"{name} and {first} differ in {option}: encode both with the same options"
+                )
+    _refuse_missing_tasks(pairs)
+
+
+def _refuse_missing_tasks(pairs: Sequence[Pair]) -> None:
+    tasks = [tuple(receipt["options"].get("task", (0, 1))) for _, _, receipt in pairs if receipt]
+    counts = {n for _, n in tasks if n > 1}
+    if not counts:
+        return
+    if len(counts) > 1 or len(tasks) != len(pairs) or any(n == 1 for _, n in tasks):
+        raise UserError(
+            "some inputs are tasks of one `tokenize --task` run and others are not: merge each run alone first"
+        )
+    (count,) = counts
+    numbers = [i for i, _ in tasks]
+    missing = sorted(set(range(count)) - set(numbers))
+    if missing:
+        raise UserError(f"task {missing[0]}/{count} is missing: run it, then merge all {count}")
+    if numbers != list(range(count)):
+        raise UserError(
+            f"the tasks are given in the order {numbers}: give them from 0/{count} to {count - 1}/{count}"
+        )
+    options = [{**receipt["options"], "task": 0} for _, _, receipt in pairs if receipt]
+    if any(other != options[0] for other in options):
+        raise UserError("the tasks were run with different options: run all with the same ones")
+
+
+def _copy(
+    name: str, index: Index, receipt: dict[str, Any] | None, writer: PairWriter
+) -> np.ndarray:
+    """Append one pair; returns its histogram. Raises `Failure` when it is damaged."""
+    path, _ = indexed.paths(name)
+    item = index.dtype.itemsize
+    digest = xxhash.xxh3_128()
+    counts = np.zeros(BINS, dtype=np.int64)
+    expected = 0
+    with open(path, "rb", buffering=0) as stream:
+
+        def blocks(left: int) -> Iterator[bytes]:
+            while left:
+                block = stream.read(min(left, COPY_BYTES))
+                if not block:
+                    raise Failure(f"{path} is truncated at byte {stream.tell():,}: make it anew")
+                digest.update(block)
+                left -= len(block)
+                yield block
+
+        for first in range(0, len(index.lengths), CHUNK):
+            lengths = np.array(index.lengths[first : first + CHUNK])
+            starts = np.cumsum(lengths, dtype=np.int64) - lengths
+            if lengths.min(initial=0) < 0 or not np.array_equal(
+                index.pointers[first : first + CHUNK], expected + starts * item
+            ):
+                raise Failure(
+                    f"{name}.idx is damaged or has gaps from document {first:,} on: see `data-tools verify`"
+                )
+            size = int(lengths.sum(dtype=np.int64)) * item
+            writer.append(blocks(size), lengths)
+            counts += histogram(lengths)
+            expected += size
+        if stream.read(1):
+            raise Failure(f"{path} is longer than its index says: see `data-tools verify`")
+    if receipt is not None:
+        known = next(p["bin"]["checksum"] for p in receipt["outputs"]["pairs"])
+        if known != f"xxh128:{digest.hexdigest()}":
+            raise Failure(
+                f"{path} differs from the checksum in its receipt: see `data-tools verify`"
+            )
+    return counts
+
+
+def _join_rejected(pairs: Sequence[Pair], folder: Path) -> int:
+    """Concatenate PREFIX.rejected.jsonl of all inputs; returns the number of lines."""
+    count = 0
+    with open(folder / "rejected.jsonl", "wb") as stream:
+        for name, _, _ in pairs:
+            path = Path(f"{name}.rejected.jsonl")
+            if path.is_file():
+                with open(path, "rb") as source:
+                    for line in source:
+                        stream.write(line)
+                        count += 1
+    return count
+
+
+def _joined_receipt(
+    pairs: Sequence[Pair],
+    outputs: list[dict[str, Any]],
+    lengths: np.ndarray,
+    seed: int | None,
+    shard_tokens: int,
+) -> dict[str, Any]:
+    receipts = [receipt for _, _, receipt in pairs if receipt]
+    counts: dict[str, Any] = {
+        "documents": sum(pair["documents"] for pair in outputs),
+        "tokens": sum(pair["tokens"] for pair in outputs),
+    }
+    for key in ("characters", "bytes", "lines"):
+        counts[key] = sum(receipt["counts"].get(key, 0) for receipt in receipts)
+    for key in ("rejected", "literal_control_tokens"):
+        total: Counter[str] = Counter()
+        for receipt in receipts:
+            total.update(receipt["counts"].get(key, {}))
+        counts[key] = dict(sorted(total.items()))
+    slices: dict[str, Counter[str]] = {}
+    for receipt in receipts:
+        for name, numbers in receipt["counts"].get("slices", {}).items():
+            slices.setdefault(name, Counter()).update(numbers)
+    counts["slices"] = {name: dict(numbers) for name, numbers in sorted(slices.items())}
+    return {
+        "format": FORMAT,
+        "kind": "tokens",
+        "inputs": [entry for receipt in receipts for entry in receipt["inputs"]],
+        "merged": [name for name, _, _ in pairs],
+        "tokenizer": receipts[0]["tokenizer"] if receipts else {},
+        "options": {
+            **(receipts[0]["options"] if receipts else {}),
+            "task": [0, 1],
+            "seed": seed,
+            "shard_tokens": shard_tokens,
+        },
+        "counts": counts,
+        "lengths": lengths.tolist(),
+        "outputs": {"dtype": pairs[0][1].dtype.name, "pairs": outputs},
+        "versions": versions(),
+        "command": command_line(),
+    }

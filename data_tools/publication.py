@@ -1,0 +1,151 @@
+"""The last step of every command that writes a pair: into place, receipt last, or not at all.
+
+    with work_folder(prefix, wanted, overwrite) as folder:     # PREFIX.work/, locked
+        ...                                                    # may be killed anywhere
+        write_json(folder / "publish.json", receipt)           # from here on it only has to be moved
+        publish_all(folder, prefix)
+
+Refuses two commands on one PREFIX, and work in progress on something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_tools import indexed
+from data_tools.errors import UserError
+from data_tools.files import checksum, read_json, write_json
+from data_tools.pair import publish
+from data_tools.receipt import read_receipt, receipt_path, write_receipt
+
+
+def finished(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The receipt, if PREFIX is already made from the same things; None if it has to be made.
+
+    Raises `UserError` when PREFIX was made from something else and may not be overwritten.
+    """
+    known = read_receipt(prefix)
+    if known is None:
+        publishing = prefix.with_name(f"{prefix.name}.work") / "publish.json"
+        if indexed.paths(prefix)[0].exists() and not overwrite and not publishing.exists():
+            raise UserError(
+                f"{prefix}.bin exists and no receipt says what it is: choose another --output, or "
+                "write --overwrite to replace it"
+            )
+        return None
+    if _same(known, wanted) and _whole(prefix, known):
+        # A run killed after its last step leaves its work folder behind.
+        shutil.rmtree(prefix.with_name(f"{prefix.name}.work"), ignore_errors=True)
+        return {**known, "reused": True}
+    if not overwrite:
+        raise UserError(
+            f"{prefix} exists and was made from other inputs, options or another tokenizer, or is damaged: "
+            "choose another --output, or write --overwrite to replace it"
+        )
+    return None
+
+
+def _whole(prefix: Path, receipt: dict[str, Any]) -> bool:
+    files = [pair[ending] for pair in receipt["outputs"]["pairs"] for ending in ("bin", "idx")]
+    found = ((prefix.with_name(file["path"]), file["size"]) for file in files)
+    return all(path.is_file() and path.stat().st_size == size for path, size in found)
+
+
+def _same(receipt: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether finished files come from the same things."""
+    made = receipt["wanted"]
+    if {**made, "inputs": 0} != {**wanted, "inputs": 0} or len(made["inputs"]) != len(
+        wanted["inputs"]
+    ):
+        return False
+    sums = {entry["path"]: entry["checksum"] for entry in receipt["inputs"] if "start" not in entry}
+    for old, new in zip(made["inputs"], wanted["inputs"], strict=True):
+        if old == new and new["path"] != "-":
+            continue
+        # A file that was written again with the same content is the same file.
+        if (old["path"], old["size"]) != (new["path"], new["size"]) or new["path"] == "-":
+            return False
+        if sums.get(new["path"]) != checksum(new["path"]):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def work_folder(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """PREFIX.work/, locked, holding this plan's work and no other's."""
+    folder = prefix.with_name(f"{prefix.name}.work")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"--output {prefix} cannot be written ({error.strerror}): choose another place"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another data-tools is writing {prefix}: wait for it, or choose another --output"
+            ) from error
+        plan = folder / "plan.json"
+        known = read_json(plan) if plan.exists() else None
+        unrepeatable = any(entry["path"] == "-" for entry in wanted["inputs"])
+        if known is not None and known != wanted and not overwrite:
+            raise UserError(
+                f"{folder} holds unfinished work on other inputs, options or another tokenizer: choose "
+                "another --output, or write --overwrite to discard it"
+            )
+        if known != wanted or unrepeatable:
+            for child in folder.iterdir():
+                if child.is_dir():
+                    shutil.rmtree(child)
+                elif child.name != "lock":
+                    child.unlink()
+            write_json(plan, wanted)
+        (folder / "parts").mkdir(exist_ok=True)
+        yield folder
+
+
+def publish_all(folder: Path, prefix: Path) -> dict[str, Any]:
+    """Files into place, the receipt last, the work folder away. Harmless to repeat."""
+    receipt = read_json(folder / "publish.json")
+    pairs_folder = receipt.pop("pairs_folder")
+    receipt_path(prefix).unlink(missing_ok=True)  # of what is being replaced
+    publish(folder / pairs_folder, prefix, receipt["outputs"]["pairs"])
+    listed = Path(f"{prefix}.rejected.jsonl")
+    rejects = folder / "rejected.jsonl"
+    if rejects.exists():
+        if rejects.stat().st_size:
+            os.replace(rejects, listed)
+        else:
+            rejects.unlink()
+            listed.unlink(missing_ok=True)
+    if len(receipt["outputs"]["pairs"]) > 1 or receipt["options"]["shard_tokens"]:
+        for pair in receipt["outputs"]["pairs"]:
+            write_receipt(prefix.with_name(pair["prefix"]), _shard_receipt(receipt, pair))
+    receipt = write_receipt(prefix, receipt)
+    shutil.rmtree(folder, ignore_errors=True)
+    return {**receipt, "reused": False}
+
+
+def _shard_receipt(receipt: dict[str, Any], pair: dict[str, Any]) -> dict[str, Any]:
+    """A shard can be loaded, verified and merged alone; slices are counted for all shards together."""
+    counts = {
+        "documents": pair["documents"],
+        "tokens": pair["tokens"],
+        "rejected": {},
+        "slices": {},
+    }
+    return {
+        **receipt,
+        "counts": counts,
+        "lengths": [],
+        "outputs": {**receipt["outputs"], "pairs": [pair]},
+    }
