@@ -39,7 +39,7 @@ def pretrain(config: Config) -> int:
     """Config -> world -> data, model, optimizer -> restore -> train."""
     # Torch and Megatron-Core take seconds to import: only after the config has been checked.
     # Which kernels are used stands in our own log; Megatron-Core would warn six times.
-    warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", module="megatron|torch.distributed")
     from megatron.core import parallel_state
 
     from megatron_ext.checkpoint import sharded
@@ -112,7 +112,7 @@ def start_logging(is_main: bool) -> logging.Logger:
         force=True,
     )
     # Megatron-Core tells of every buffer and index it makes.
-    logging.getLogger("megatron").setLevel(logging.WARNING)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     return logging.getLogger("pretrain")
 
 

@@ -56,7 +56,7 @@ training:
   global_batch_size: 8
   micro_batch_size: 1
   steps: 20
-optimizer: {{lr: 3e-3}}
+optimizer: {{lr: 1e-3}}
 precision: {{dtype: fp32}}
 logging: {{interval: 1}}
 """

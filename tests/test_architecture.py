@@ -1,4 +1,4 @@
-"""The house's own rules: a short way for a batch, imports that go one way, one room that patches."""
+"""The house's own rules: a short way for a batch, one way for imports, one room for patches."""
 
 import ast
 import subprocess

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_ext.checkpoint import manifest
@@ -36,7 +39,7 @@ log = logging.getLogger(__name__)
 def save(
     run_dir: Path,
     step: int,
-    model: list[torch.nn.Module],
+    model: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     record: dict[str, Any],
 ) -> Path:
@@ -73,28 +76,47 @@ def save(
 
 
 def restore(
-    run_dir: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer
+    run_dir: Path, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer
 ) -> dict[str, Any] | None:
     """Load the newest checkpoint that verifies into model and optimizer, in place.
 
     Every rank calls this. Returns its run.json, or None when the run has none yet. Raises
-    UserError when there are checkpoints but none verifies.
+    UserError when there are checkpoints but none verifies, or the optimizer is of the other kind.
     """
     checkpoint = newest_valid_everywhere(run_dir)
     if checkpoint is None:
         return None
+    record = json.loads((checkpoint / "run.json").read_text())
+    _check_optimizer_kind(checkpoint, record, optimizer)
     state = _sharded_state(model, optimizer, loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint))
     bare(model).load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
-    return json.loads((checkpoint / "run.json").read_text())
+    return record
+
+
+def _check_optimizer_kind(
+    checkpoint: Path, record: dict[str, Any], optimizer: MegatronOptimizer
+) -> None:
+    """The divided and the whole optimizer write their state in different forms."""
+    now = isinstance(optimizer.chained_optimizers[0], DistributedOptimizer)
+    before = record["config"]["parallel"]["distributed_optimizer"]
+    if now != before:
+        raise UserError(
+            f"{checkpoint} was written with parallel.distributed_optimizer={str(before).lower()}, "
+            f"this run has {str(now).lower()}: set "
+            f"parallel.distributed_optimizer={str(before).lower()}"
+        )
 
 
 def load_weights(
-    source: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer | None = None
+    source: Path, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None = None
 ) -> Path:
     """Load only the weights of a checkpoint, or of the newest one of a run folder; the optimizer's
-    master weights, if given, follow. Returns the checkpoint. Raises UserError when there is none."""
+    master weights, if given, follow.
+
+    Returns the checkpoint. Raises UserError when there is none or it is damaged.
+    """
     checkpoint: Path | None = source
     if not (source / manifest.MANIFEST).is_file():
         checkpoint = newest_valid_everywhere(source)
@@ -126,9 +148,11 @@ def newest_valid_everywhere(run_dir: Path) -> Path | None:
     return answer[0]
 
 
-def bare(model: list[torch.nn.Module]) -> torch.nn.Module:
+def bare(model: Sequence[torch.nn.Module]) -> MegatronModule:
     """The model without its gradient reduction, whose names would otherwise stand in every key."""
-    return model[0].module if isinstance(model[0], DistributedDataParallel) else model[0]
+    chunk = model[0].module if isinstance(model[0], DistributedDataParallel) else model[0]
+    assert isinstance(chunk, MegatronModule)
+    return chunk
 
 
 class SaveInProcess(TorchDistSaveShardedStrategy):
@@ -152,7 +176,7 @@ class SaveInProcess(TorchDistSaveShardedStrategy):
 
 
 def _sharded_state(
-    model: list[torch.nn.Module],
+    model: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None = None,
     loading: bool = False,
 ) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Token files to batches: a weighted blend of .bin/.idx corpora over `megatron.core.datasets`.
 
     train, validation = build_datasets(config)
-    for micro_batch in micro_batches(train, config, layout, first_step=0, last_step=config.training.steps):
+    for micro_batch in micro_batches(train, config, layout, first_step=0, last_step=100):
         micro_batch["tokens"]           # [micro_batch_size, sequence_length] int64
 
 The order of samples depends on the seed, the blend and the number of steps, never on the layout:

@@ -28,7 +28,7 @@ from megatron_ext.rope.embedding import RotaryEmbedding
 log = logging.getLogger(__name__)
 
 
-def build_model(config: Config) -> list[torch.nn.Module]:
+def build_model(config: Config) -> list[DistributedDataParallel]:
     """This rank's stage and shard with its initial weights, inside Megatron-Core's gradient
     reduction (DistributedDataParallel)."""
     transformer = transformer_config(config)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.utils.data import Dataset
 
@@ -30,7 +30,7 @@ class TooManySkips(RuntimeError):
 def train(
     config: Config,
     here: World,
-    model: list[torch.nn.Module],
+    model: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     data: tuple[Dataset, Dataset],
     layout: Layout,

@@ -5,13 +5,14 @@ parallel.distributed_optimizer says so.
 """
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ext.config import Config
 
 
-def build_optimizer(model: list[torch.nn.Module], config: Config) -> MegatronOptimizer:
+def build_optimizer(model: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
     """The optimizer of this rank's model chunks. One-dimensional weights (norms) are not decayed;
     with precision.dtype=bf16 it keeps float32 master weights."""
     settings = OptimizerConfig(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -22,6 +23,7 @@ from megatron_ext.config import Config
 
 Batch = dict[str, torch.Tensor]
 Batches = Iterator[Batch]
+Model = list[DistributedDataParallel]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class StepResult:
 def train_step(
     step: int,
     batches: Batches,
-    model: list[torch.nn.Module],
+    model: Model,
     optimizer: MegatronOptimizer,
     config: Config,
     stop_requested: bool = False,
@@ -65,10 +67,8 @@ def train_step(
     return StepResult(loss_sum / tokens, grad_norm, lr, skipped=not finite, stop=stop > 0)
 
 
-def evaluate_loss(
-    batches: Batches, model: list[torch.nn.Module], config: Config, count: int
-) -> float:
-    """Mean loss in nats a token over `count` global batches, without gradients; equal on all ranks."""
+def evaluate_loss(batches: Batches, model: Model, config: Config, count: int) -> float:
+    """Mean loss in nats a token over `count` global batches, without gradients, on every rank."""
     for chunk in model:
         chunk.eval()
     totals = torch.zeros(2, dtype=torch.float64)
@@ -84,7 +84,7 @@ def evaluate_loss(
 
 
 def forward_backward(
-    batches: Batches, model: list[torch.nn.Module], config: Config, forward_only: bool = False
+    batches: Batches, model: Model, config: Config, forward_only: bool = False
 ) -> list[dict[str, torch.Tensor]]:
     """All micro-batches of one global batch through this stage, in Megatron-Core's schedule for the
     layout. Returns, on the last stage, a {"loss": [sum, tokens]} for each micro-batch."""
@@ -102,8 +102,8 @@ def forward_backward(
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of step `step` (the first is 0), a function of the step alone, so that a resumed
-    run needs no state for it."""
+    """Learning rate of step `step` (the first is 0), a function of the step alone: a resumed run
+    needs no state for it."""
     schedule, peak = config.schedule, config.optimizer.lr
     warmup, total = schedule.warmup_steps, config.training.steps
     if step < warmup:

@@ -22,6 +22,7 @@ def settings(**model: object) -> dict:
         },
         "rope": {"base": 500.0},
         "training": {
+            "run_dir": "runs/none",
             "sequence_length": 48,
             "global_batch_size": 2,
             "micro_batch_size": 2,
@@ -183,6 +184,6 @@ def test_transformer_engine_is_refused_where_it_cannot_be_had() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    with pytest.raises(UserError, match="kernels.backend=torch"):
+    with pytest.raises(UserError, match=r"kernels\.backend=torch"):
         choose_backend("transformer_engine")
     assert choose_backend("auto").name == "torch"

@@ -82,13 +82,15 @@ def test_killed_run_repeats_the_same_losses_bit_for_bit(
     assert numbers(killed)[:35] == numbers(whole)[:35]
 
 
-def test_checkpoint_is_read_at_another_layout(config_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distributed", ["false", "true"], ids=["plain", "distributed optimizer"])
+def test_checkpoint_is_read_at_another_layout(
+    distributed: str, config_file: Path, tmp_path: Path
+) -> None:
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    common = [config_file, "training.steps=20", "checkpoint.interval=10"]
+    optimizer = f"parallel.distributed_optimizer={distributed}"
+    common = [config_file, "training.steps=20", "checkpoint.interval=10", optimizer]
     pretrain(*common, f"training.run_dir={whole}")
-    layout = ["parallel.tensor=2", "parallel.distributed_optimizer=true"]
-    process = start(*common, *layout, f"training.run_dir={moved}", processes=4)
-    process.communicate(timeout=300)
+    pretrain(*common, "parallel.tensor=2", f"training.run_dir={moved}", processes=4)
     # Back to the checkpoint of step 10, as if the run had been killed after it.
     newest = moved / "checkpoints" / "step_00000020" / "manifest.json"
     newest.unlink()
@@ -132,6 +134,15 @@ def test_damaged_newest_checkpoint_is_named_and_the_older_one_used(
     printed = pretrain(*common)
     assert f"{shard} has the right size but not the content that was written" in printed
     assert "resuming after step 10" in printed
+
+
+def test_checkpoint_of_the_other_optimizer_is_refused(config_file: Path) -> None:
+    pretrain(config_file, "training.steps=2")
+    printed = pretrain(
+        config_file, "training.steps=2", "parallel.distributed_optimizer=true", code=2
+    )
+    assert "set parallel.distributed_optimizer=false" in printed
+    assert "Traceback" not in printed
 
 
 def test_other_data_is_refused_with_the_difference(config_file: Path) -> None:
