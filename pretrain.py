@@ -11,7 +11,9 @@ checkpoint and end with exit code 0. Exit code 2 means a mistake in the command 
 
 import argparse
 import logging
+import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -31,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0 if report.ok else 2
         return pretrain(config)
     except UserError as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):
+            # Rank 0 speaks, and its end makes the launcher end us; unless we alone are in trouble.
+            time.sleep(5)
         print(f"error: {error}", file=sys.stderr)
         return 2
 
