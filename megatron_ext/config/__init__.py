@@ -7,7 +7,13 @@
 """
 
 from megatron_ext.config.files import load_config, save_config
-from megatron_ext.config.rules import rope_verdict, validate
+from megatron_ext.config.rules import (
+    rope_frequencies_of,
+    rope_verdict,
+    short_number,
+    smallest_base,
+    validate,
+)
 from megatron_ext.config.schema import (
     Checkpoint,
     Config,
@@ -43,7 +49,10 @@ __all__ = [
     "Schedule",
     "Training",
     "load_config",
+    "rope_frequencies_of",
     "rope_verdict",
     "save_config",
+    "short_number",
+    "smallest_base",
     "validate",
 ]

@@ -15,7 +15,7 @@ from megatron_ext.config.schema import Config
 from megatron_ext.errors import ConfigError
 from megatron_ext.rope.bound import BoundVerdict, judge
 from megatron_ext.rope.feasible import smallest_feasible_base
-from megatron_ext.rope.frequencies import NoScaling, rope_frequencies
+from megatron_ext.rope.frequencies import NoScaling, RopeFrequencies, rope_frequencies
 
 # The search for the smallest feasible base takes 0.2 s at 4k tokens and grows with the length.
 _SEARCHED_LENGTH = 4096
@@ -130,8 +130,8 @@ def check_schedule(config: Config) -> None:
     schedule, lr, steps = config.schedule, config.optimizer.lr, config.training.steps
     if schedule.min_lr > lr:
         raise ConfigError(
-            f"schedule.min_lr={schedule.min_lr:g} is above optimizer.lr={lr:g}, its peak: choose "
-            f"at most {lr:g}"
+            f"schedule.min_lr={short_number(schedule.min_lr)} is above its peak, "
+            f"optimizer.lr={short_number(lr)}: choose at most {short_number(lr)}"
         )
     if schedule.warmup_steps > steps:
         raise ConfigError(
@@ -173,7 +173,7 @@ def check_bound(config: Config) -> list[str]:
         return []
     verdict = rope_verdict(config)
     expected = config.rope.bound == "expect_violation"
-    base, length = f"rope.base={config.rope.base:g}", config.training.sequence_length
+    base, length = f"rope.base={short_number(config.rope.base)}", config.training.sequence_length
     if expected and verdict.feasible:
         raise ConfigError(
             f"{base} supports training.sequence_length={length} (least B_m {verdict.min_b:.2f} at "
@@ -182,9 +182,10 @@ def check_bound(config: Config) -> list[str]:
         )
     if verdict.feasible or expected:
         return []
+    failing = round(verdict.failing_share * length)
     text = (
         f"{base} does not support training.sequence_length={length}: B_m < 0 first at "
-        f"m={verdict.first_failing_distance}, for {verdict.failing_share:.1%} of the distances, "
+        f"m={verdict.first_failing_distance}, at {failing} of {length} distances, "
         f"least {verdict.min_b:.2f} of {config.model.head_dim // 2}; {_way_out(config)}"
     )
     if config.rope.bound == "warn":
@@ -197,29 +198,38 @@ def rope_verdict(config: Config) -> BoundVerdict:
 
     Raises ConfigError when rope.scaling does not fit the head.
     """
-    length = config.training.sequence_length
+    return judge(rope_frequencies_of(config).all_inv_freq, config.training.sequence_length)
+
+
+def rope_frequencies_of(config: Config) -> RopeFrequencies:
+    """The frequencies at the sequence length. Raises ConfigError when rope.scaling does not fit."""
     try:
-        rope = rope_frequencies(
+        return rope_frequencies(
             config.rope.base,
             config.model.head_dim,
             config.rope.scaling,
             config.rope.rotary_fraction,
-            current_length=length,
+            current_length=config.training.sequence_length,
         )
     except ValueError as error:
         raise ConfigError(f"rope.scaling: {error}") from None
-    return judge(rope.all_inv_freq, length)
 
 
-def feasible_and_short(config: Config, base: float) -> float:
-    """A feasible base rounded up to few digits; rounding far could leave its feasible island."""
-    for digits in range(5, 16):
-        unit = 10.0 ** (math.floor(math.log10(base)) + 1 - digits)
-        rounded = float(f"{math.ceil(base / unit) * unit:.{digits}g}")
-        trial = config.model_copy(update={"rope": config.rope.model_copy(update={"base": rounded})})
-        if rounded >= base and rope_verdict(trial).feasible:
-            return rounded
-    return base
+def smallest_base(config: Config) -> float | None:
+    """The smallest base that supports the sequence length, where finding it takes no second: plain
+    RoPE up to 4096 tokens; else None."""
+    length = config.training.sequence_length
+    if length > _SEARCHED_LENGTH or not isinstance(config.rope.scaling, NoScaling):
+        return None
+    return smallest_feasible_base(length, config.model.head_dim, config.rope.rotary_fraction)
+
+
+def short_number(number: float) -> str:
+    """As a person writes it: 10000, 5e5, 2.5e-5."""
+    mantissa, _, exponent = f"{number:.9e}".partition("e")
+    if -4 <= int(exponent) < 5:
+        return f"{number:.10g}"
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def divisors(number: int) -> list[int]:
@@ -230,11 +240,21 @@ def divisors(number: int) -> list[int]:
 def _way_out(config: Config) -> str:
     """The base to write instead; searched only where that is quick, and only for plain RoPE."""
     length, head_dim = config.training.sequence_length, config.model.head_dim
-    fraction = config.rope.rotary_fraction
-    if isinstance(config.rope.scaling, NoScaling) and length <= _SEARCHED_LENGTH:
-        base = feasible_and_short(config, smallest_feasible_base(length, head_dim, fraction))
-        return f"the smallest base that does is {base!r}"
+    base = smallest_base(config)
+    if base is not None:
+        return f"the smallest base that does is {_short(config, base)!r}"
     return f"`megatron-ext bound --context {length} --head-dim {head_dim}` names bases that do"
+
+
+def _short(config: Config, base: float) -> float:
+    """A feasible base rounded up to few digits; rounding far could leave its feasible island."""
+    for digits in range(5, 16):
+        unit = 10.0 ** (math.floor(math.log10(base)) + 1 - digits)
+        rounded = float(f"{math.ceil(base / unit) * unit:.{digits}g}")
+        trial = config.model_copy(update={"rope": config.rope.model_copy(update={"base": rounded})})
+        if rounded >= base and rope_verdict(trial).feasible:
+            return rounded
+    return base
 
 
 def _choose(allowed: Iterable[int], given: int) -> str:

@@ -115,7 +115,7 @@ class _Dumper(yaml.SafeDumper):
         quoted = not isinstance(parse_scalar(text), str)
         return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
 
-    def represent_list(self, items: list) -> yaml.Node:
+    def represent_in_one_line(self, items: list[Any]) -> yaml.Node:
         return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -123,7 +123,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
-_Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(list, _Dumper.represent_in_one_line)
 
 
 def _compose(text: str, name: str, lines: bool = True) -> yaml.Node | None:

@@ -1,0 +1,1 @@
+"""What a layout costs and whether it fits, before a machine is asked."""

@@ -1,0 +1,217 @@
+"""`pretrain.py --check`: what a run would be, and whether it can start, without torch.
+
+    report = preflight(config, world_size=128)
+    print(report.text()); sys.exit(0 if report.ok else 2)
+
+Raises ConfigError when the layout does not divide; missing token files are errors in the report.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_ext.config import Config, rope_frequencies_of, short_number, smallest_base, validate
+from megatron_ext.planning.parameters import count_parameters
+from megatron_ext.rope.bound import judge, usable_context
+
+_HORIZON = 1 << 20  # distances looked at for the usable context
+
+
+@dataclass(frozen=True)
+class BoundReport:
+    """The RoPE bound at the run's own length (arXiv 2405.14591, section 4)."""
+
+    base: float
+    head_dim: int
+    rule: str
+    """rope.scaling.type."""
+    context_length: int
+    """training.sequence_length, tokens."""
+    first_failing_distance: int | None
+    min_b: float
+    """Least B_m over the context, of head_dim / 2."""
+    failing_share: float
+    usable_context: int | None
+    """Tokens up to which B_m >= 0; null when that is beyond a million."""
+    smallest_feasible_base: float | None
+    """For plain RoPE up to 4096 tokens, where it is found at once; else null."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What `--check` prints."""
+
+    run_dir: str
+    parameters: int
+    parameters_without_embeddings: int
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    """Tokens that the steps consume: the budget, rounded up to whole steps."""
+    world_size: int
+    tensor: int
+    pipeline: int
+    data_parallel: int
+    micro_batches: int
+    """Micro-batches of one step on each rank."""
+    checkpoint_bytes: int
+    """Estimate of one checkpoint: weights, and the optimizer's two moments in float32."""
+    checkpoints_kept: int
+    """How many lie on the disk at the end of the run."""
+    bound: BoundReport
+    corpora: dict[str, str]
+    """Token file prefixes by name."""
+    warnings: list[str]
+    errors: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run could start."""
+        return not self.errors
+
+    def json(self) -> str:
+        """One JSON object, the fields above and `ok`."""
+        return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
+
+    def text(self) -> str:
+        """Lines for a person."""
+        kept = self.checkpoint_bytes * self.checkpoints_kept
+        names = ", ".join(f"{name} ({path})" for name, path in self.corpora.items())
+        lines = [
+            ("run", self.run_dir),
+            (
+                "model",
+                f"{self.parameters:,} parameters ({self.parameters_without_embeddings:,} without "
+                "embeddings)",
+            ),
+            (
+                "length",
+                f"{self.steps:,} steps x {self.tokens_per_step:,} tokens = {self.tokens:,} tokens",
+            ),
+            (
+                "layout",
+                f"{self.world_size} ranks = tensor {self.tensor} x pipeline {self.pipeline} x data "
+                f"{self.data_parallel}; {self.micro_batches} micro-batches on each a step",
+            ),
+            (
+                "checkpoints",
+                f"about {_size(self.checkpoint_bytes)} each, {self.checkpoints_kept} kept: "
+                f"{_size(kept)}",
+            ),
+            ("rope", _bound_text(self.bound)),
+            ("data", names or "none"),
+        ]
+        return "\n".join(
+            [f"{name:<12}{value}" for name, value in lines]
+            + [f"warning: {warning}" for warning in self.warnings]
+            + [f"error: {error}" for error in self.errors]
+            + (["ok"] if self.ok else [])
+        )
+
+
+def preflight(config: Config, world_size: int) -> Preflight:
+    """Everything that can be said of a run on `world_size` ranks without building it.
+
+    Raises ConfigError when a rule is broken.
+    """
+    warnings = validate(config, world_size)
+    if not config.data.corpora:
+        warnings.append(
+            "data.corpora is empty, so a run would refuse to start: name a token file, such as "
+            "data.corpora.books.path=PREFIX"
+        )
+    parameters = count_parameters(config.model)
+    parallel, training = config.parallel, config.training
+    data_parallel = world_size // (parallel.tensor * parallel.pipeline)
+    return Preflight(
+        run_dir=str(training.run_dir),
+        parameters=parameters.total,
+        parameters_without_embeddings=parameters.without_embeddings,
+        tokens_per_step=training.tokens_per_step,
+        steps=training.steps,
+        tokens=training.steps * training.tokens_per_step,
+        world_size=world_size,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        data_parallel=data_parallel,
+        micro_batches=training.global_batch_size // (training.micro_batch_size * data_parallel),
+        checkpoint_bytes=parameters.total * checkpoint_bytes_per_parameter(config),
+        checkpoints_kept=checkpoints_kept(config),
+        bound=_bound_report(config),
+        corpora={name: str(corpus.path) for name, corpus in config.data.corpora.items()},
+        warnings=warnings,
+        errors=missing_files(config),
+    )
+
+
+def missing_files(config: Config) -> list[str]:
+    """A sentence for each corpus or starting point that is named but not there."""
+    missing = []
+    for name, corpus in config.data.corpora.items():
+        absent = [f for f in (f"{corpus.path}.bin", f"{corpus.path}.idx") if not Path(f).is_file()]
+        if absent:
+            missing.append(
+                f"data.corpora.{name}.path={corpus.path}: {' and '.join(absent)} not found; write "
+                f"them with data-tools tokenize ... --output {corpus.path}"
+            )
+    return missing
+
+
+def checkpoint_bytes_per_parameter(config: Config) -> int:
+    """fp32: weight and two moments, 4 bytes each. bf16: 2 for the weight, 4 for its float32 master
+    and 8 for the moments. The distributed optimizer keeps a float32 weight of its own as well."""
+    if config.precision.dtype == "bf16":
+        return 2 + 4 + 8
+    return 4 + 8 + (4 if config.parallel.distributed_optimizer else 0)
+
+
+def checkpoints_kept(config: Config) -> int:
+    """The newest ones and those that stay for good, once each."""
+    steps, saving = config.training.steps, config.checkpoint
+    saved = [*range(saving.interval, steps, saving.interval), steps]
+    kept = set(saved[-saving.keep_last :])
+    if saving.keep_every:
+        kept |= {step for step in saved if step % saving.keep_every == 0}
+    return len(kept)
+
+
+def _bound_report(config: Config) -> BoundReport:
+    length = config.training.sequence_length
+    inv_freq = rope_frequencies_of(config).all_inv_freq
+    verdict = judge(inv_freq, length)
+    return BoundReport(
+        base=config.rope.base,
+        head_dim=config.model.head_dim,
+        rule=config.rope.scaling.type,
+        context_length=length,
+        first_failing_distance=verdict.first_failing_distance,
+        min_b=verdict.min_b,
+        failing_share=verdict.failing_share,
+        usable_context=usable_context(inv_freq, _HORIZON),
+        smallest_feasible_base=smallest_base(config),
+    )
+
+
+def _bound_text(bound: BoundReport) -> str:
+    length, first = bound.context_length, bound.first_failing_distance
+    failing = round(bound.failing_share * length)
+    rule = "" if bound.rule == "none" else f" with {bound.rule} scaling"
+    verdict = f"supports {length:,} tokens"
+    if first is not None:
+        verdict = f"fails {length:,} tokens, at {failing:,} distances, the first m={first:,}"
+    usable = "a million or more" if bound.usable_context is None else f"{bound.usable_context:,}"
+    text = (
+        f"base {short_number(bound.base)}{rule} at head dim {bound.head_dim} {verdict}; least B_m "
+        f"{bound.min_b:.2f} of {bound.head_dim // 2}; usable context {usable} tokens"
+    )
+    if bound.smallest_feasible_base is not None:
+        text += f"; this length needs a base of at least {bound.smallest_feasible_base:,.1f}"
+    return text
+
+
+def _size(number: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
