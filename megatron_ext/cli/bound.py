@@ -1,0 +1,203 @@
+"""`megatron-ext bound`: which base a context needs, and which context a base can use.
+
+    megatron-ext bound --context 32768               # least base for 32k tokens
+    megatron-ext bound --base 1e6                    # first failing distance of a base
+    megatron-ext bound --table --plot bound.png      # all lengths 1k .. 1M, and a figure
+
+Refuses (exit 2) questions without a base, a context, a table or a figure, and bases below 1.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from megatron_ext.errors import UserError
+from megatron_ext.rope.bound import base_frequencies, judge
+from megatron_ext.rope.feasible import always_feasible, smallest_feasible
+from megatron_ext.rope.frequencies import rotary_dimensions
+from megatron_ext.rope.plot import BoundRow, plot_bound
+from megatron_ext.rope.published import TABLE_2, paper_listings
+
+HORIZON = 1 << 20
+
+
+def bound(
+    context: Annotated[
+        int | None,
+        typer.Option(help="Context length in tokens; with --table the greatest one shown."),
+    ] = None,
+    base: Annotated[float | None, typer.Option(help="Base of RoPE to judge, such as 1e6.")] = None,
+    head_dim: Annotated[int, typer.Option(help="Dimensions of an attention head.")] = 128,
+    rotary_fraction: Annotated[
+        float, typer.Option(help="Part of a head's dimensions that is rotated.")
+    ] = 1.0,
+    table: Annotated[
+        bool, typer.Option("--table", help="One row for each length 1k, 2k, .. 1M (a minute).")
+    ] = False,
+    listing: Annotated[
+        bool, typer.Option("--listing", help="Add the paper's own grid search to the table.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a figure (.png, .pdf, .svg) and its CSV.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Lower bound of RoPE's base for a context, usable context of a base.
+
+    A base fails a context when B_m = sum cos(m theta_i) is negative at some distance m in it
+    ("Base of RoPE Bounds Context Length", arXiv 2405.14591).
+
+    Example: megatron-ext bound --base 1e4 --context 4096
+    """
+    try:
+        answer = _answer(
+            context, base, head_dim, rotary_fraction, table or plot is not None, listing, plot
+        )
+    except ValueError as mistake:
+        raise UserError(str(mistake)) from mistake
+    if json:
+        print(json_module.dumps(answer, indent=2))
+    elif isinstance(answer, list):
+        print(format_table(answer, listing))
+    else:
+        print(_sentence(answer, head_dim, context or HORIZON))
+    if plot is not None:
+        print(f"wrote {plot} and {plot.with_suffix('.csv')}", file=sys.stderr)
+
+
+def _answer(
+    context: int | None,
+    base: float | None,
+    head_dim: int,
+    rotary_fraction: float,
+    rows_wanted: bool,
+    listing: bool,
+    plot: Path | None,
+) -> Any:
+    if context is None and base is None and not rows_wanted:
+        raise UserError("nothing was asked: give --context, --base, --table or --plot")
+    if base is not None and base <= 1:
+        raise UserError(f"--base {base:g} must be above 1: write for example 10000")
+    rows: list[BoundRow] = []
+    if rows_wanted:
+        rows = table_rows(head_dim, rotary_fraction, context or HORIZON, listing)
+    if plot is not None:
+        shown = context or 4096
+        drawn = base or smallest_feasible(shown, head_dim, rotary_fraction).base
+        rotary_dim = rotary_dimensions(head_dim, rotary_fraction)
+        plot_bound(plot, head_dim, drawn, shown, rows, rotary_dim)
+    if base is not None:
+        return verdict_of_base(base, context or HORIZON, head_dim, rotary_fraction)
+    if rows:
+        return [asdict(row) for row in rows]
+    assert context is not None
+    return verdict_of_context(context, head_dim, rotary_fraction)
+
+
+def verdict_of_base(
+    base: float, context: int, head_dim: int, rotary_fraction: float = 1.0
+) -> dict[str, Any]:
+    """What `--base` prints, over the distances below `context`."""
+    rotary_dim = rotary_dimensions(head_dim, rotary_fraction)
+    verdict = judge(base_frequencies(base, head_dim, rotary_dim), context)
+    return {
+        "base": base,
+        "first_failing_distance": verdict.first_failing_distance,
+        "min_b": verdict.min_b,
+        "failing_share": verdict.failing_share,
+        "usable_context": verdict.usable_context,
+    }
+
+
+def verdict_of_context(context: int, head_dim: int, rotary_fraction: float = 1.0) -> dict[str, Any]:
+    """What `--context` prints."""
+    least = smallest_feasible(context, head_dim, rotary_fraction)
+    return {
+        "context_length": context,
+        "head_dim": head_dim,
+        "smallest_feasible_base": least.base,
+        "always_feasible_base": always_feasible(context, head_dim, rotary_fraction).base,
+        "active_distance": least.active_distance,
+    }
+
+
+def table_rows(
+    head_dim: int, rotary_fraction: float = 1.0, greatest: int = HORIZON, listing: bool = False
+) -> list[BoundRow]:
+    """The table: one row for each length of the paper's Table 2 up to `greatest` tokens."""
+    lengths = [length for length in TABLE_2 if length <= greatest]
+    if not lengths:
+        raise UserError(
+            f"--context {greatest} is below the table's first length: write 1024 or more"
+        )
+    listed = paper_listings(lengths, head_dim) if listing else {}
+    rows = []
+    for length in tqdm(lengths, desc=f"head dim {head_dim}", disable=None, file=sys.stderr):
+        published = TABLE_2[length] if head_dim == 128 and rotary_fraction == 1.0 else None
+        row = verdict_of_context(length, head_dim, rotary_fraction)
+        rows.append(BoundRow(published_base=published, listing_base=listed.get(length), **row))
+    return rows
+
+
+def format_table(rows: list[dict[str, Any]], listing: bool = False) -> str:
+    """Markdown; bases with ten digits."""
+    columns = {
+        "context": lambda row: f"{row['context_length'] // 1024}k",
+        "Table 2": lambda row: _short(row["published_base"]),
+        "its listing": lambda row: _short(row["listing_base"]),
+        "smallest feasible base": lambda row: f"{row['smallest_feasible_base']:#.10g}",
+        "always feasible above": lambda row: f"{row['always_feasible_base']:#.10g}",
+        "active distance": lambda row: str(row["active_distance"]),
+    }
+    if not listing:
+        del columns["its listing"]
+    lines = [list(columns), ["---:"] * len(columns)]
+    lines += [[column(row) for column in columns.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _short(base: float | None) -> str:
+    return "" if base is None else f"{base:.1e}".replace("e+0", "e").replace("e+", "e")
+
+
+def _sentence(answer: dict[str, Any], head_dim: int, context: int) -> str:
+    if "context_length" in answer:
+        active = answer["active_distance"]
+        return (
+            f"{context} tokens with head dim {head_dim} need a base of at least "
+            f"{answer['smallest_feasible_base']:.10g} (distance {active} decides); above "
+            f"{answer['always_feasible_base']:.10g} every base will do, between them only some."
+        )
+    first = answer["first_failing_distance"]
+    if first is None:
+        return (
+            f"base {answer['base']:g} with head dim {head_dim} is feasible for {context} tokens: "
+            f"the least B_m is {answer['min_b']:.4g}."
+        )
+    return (
+        f"base {answer['base']:g} with head dim {head_dim} first fails at distance {first}, so its "
+        f"usable context is {answer['usable_context']}; over {context} tokens B_m falls to "
+        f"{answer['min_b']:.4g} and {answer['failing_share']:.2%} of the distances fail."
+    )
+
+
+def main() -> None:
+    """Run this command alone."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(bound)
+    try:
+        app()
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
