@@ -86,7 +86,8 @@ def _verify_structure(bin_path: Path, idx_path: Path, index: Index) -> list[str]
         if wrong.any():
             at = int(np.argmax(wrong))
             problems.append(
-                f"{idx_path}: sequence {first + at:,} begins at byte {index.pointers[first + at]:,}, "
+                f"{idx_path}: sequence {first + at:,} begins at byte "
+                f"{index.pointers[first + at]:,}, "
                 f"where those before it end at {starts[at]:,}"
             )
             return problems
@@ -138,14 +139,16 @@ def _verify_tokens(
                     break
                 if xxhash.xxh3_64_hexdigest(block) != known[number]:
                     problems.append(
-                        f"{bin_path}: bytes {start:,} to {start + len(block):,} differ from their checksum "
+                        f"{bin_path}: bytes {start:,} to {start + len(block):,} differ from "
+                        "their checksum "
                         f"({_documents(index, start, start + len(block))})"
                     )
             ids = np.frombuffer(block[: len(block) // item * item], dtype=index.dtype)
             if vocab_size and len(ids) and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
                 at = start + int(np.argmax((ids >= vocab_size) | (ids < 0))) * item
                 problems.append(
-                    f"{bin_path}: the id {ids[(at - start) // item]} at byte {at:,} is outside the vocabulary "
+                    f"{bin_path}: the id {ids[(at - start) // item]} at byte {at:,} is outside "
+                    "the vocabulary "
                     f"of {vocab_size:,} ({_documents(index, at, at + item)})"
                 )
             if eod is not None and len(ids):
