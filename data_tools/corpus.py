@@ -87,7 +87,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
         elif os.path.isdir(text):
             found = sorted(
                 str(p) for p in Path(text).rglob("*")
-                if p.is_file() and _IN_FOLDERS.search(p.name) and not p.name.startswith(".")
+                if _IN_FOLDERS.search(p.name) and not _is_ours(p.relative_to(text)) and p.is_file()
             )  # fmt: skip
             if not found:
                 raise UserError(
@@ -117,6 +117,12 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             )
         seen[real] = name
     return [describe(name) for name in names]
+
+
+def _is_ours(path: Path) -> bool:
+    """Hidden files, and what these tools write beside their outputs."""
+    ours = path.name.endswith((".receipt.json", ".rejected.jsonl"))
+    return ours or path.name.startswith(".") or any(p.endswith(".work") for p in path.parts)
 
 
 def describe(path: str) -> Source:

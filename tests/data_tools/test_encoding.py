@@ -166,7 +166,7 @@ def test_a_model_the_kernel_cannot_serve_is_left_to_its_library(
 
 
 def test_pieces_without_a_dummy_prefix_or_single_characters(tmp_path: Path) -> None:
-    """Characters may exist only inside longer pieces; then they merge but are no piece themselves."""
+    """A character may exist only inside longer pieces: it merges, but is no piece itself."""
     from data_tools.tables import _fields
 
     buffer = io.BytesIO()
