@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -141,7 +142,12 @@ def table_rows(
         )
     listed = paper_listings(lengths, head_dim) if listing else {}
     rows = []
-    for length in tqdm(lengths, desc=f"head dim {head_dim}", disable=None, file=sys.stderr):
+    progress = tqdm(lengths, desc=f"head dim {head_dim}", disable=None, file=sys.stderr)
+    start = last = time.monotonic()
+    for length in progress:
+        if progress.disable and time.monotonic() - last > 10:  # a log: a line now and then
+            last = time.monotonic()
+            print(f"head dim {head_dim}: at {length} tokens, {last - start:.0f} s", file=sys.stderr)
         published = TABLE_2[length] if head_dim == 128 and rotary_fraction == 1.0 else None
         row = verdict_of_context(length, head_dim, rotary_fraction)
         rows.append(BoundRow(published_base=published, listing_base=listed.get(length), **row))

@@ -3,7 +3,8 @@
     plot_bound("bound.png", head_dim=128, base=1e4, context_length=4096, rows=rows)
 
 Every figure is written with the numbers it shows, as CSV of the same name. matplotlib is imported
-only when a figure is asked for. Refuses a file name that is not .png, .pdf or .svg, or in a folder that is not there.
+only when a figure is asked for. Refuses a file name that is not .png, .pdf or .svg, and a folder
+that is not there.
 """
 
 from __future__ import annotations
