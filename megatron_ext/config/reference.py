@@ -90,6 +90,8 @@ def _described(part: dict[str, Any]) -> dict[str, Any]:
     text = " ".join(part.get("description", "").split())
     notes = [part["unit"]] if "unit" in part else []
     notes += [f"unset: {part['unset']}"] if "unset" in part else []
+    if isinstance(part.get("additionalProperties"), dict):  # null takes a corpus out of the blend
+        part = {**part, "additionalProperties": _or_null(part["additionalProperties"])}
     return _cleaned({**part, "description": f"{text} [{'; '.join(notes)}]" if notes else text})
 
 

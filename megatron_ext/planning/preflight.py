@@ -120,6 +120,9 @@ def preflight(config: Config, world_size: int) -> Preflight:
             "data.corpora is empty, so a run would refuse to start: name a token file, such as "
             "data.corpora.books.path=PREFIX"
         )
+    source = config.training.init_from
+    if source is not None and not source.exists():
+        warnings.append(f"training.init_from={source} does not exist yet: train it first")
     parameters = count_parameters(config.model)
     parallel, training = config.parallel, config.training
     data_parallel = world_size // (parallel.tensor * parallel.pipeline)
@@ -140,21 +143,29 @@ def preflight(config: Config, world_size: int) -> Preflight:
         bound=_bound_report(config),
         corpora={name: str(corpus.path) for name, corpus in config.data.corpora.items()},
         warnings=warnings,
-        errors=missing_files(config),
+        errors=corpus_errors(config),
     )
 
 
-def missing_files(config: Config) -> list[str]:
-    """A sentence for each corpus or starting point that is named but not there."""
-    missing = []
+def corpus_errors(config: Config) -> list[str]:
+    """A sentence for each corpus that is not there or has tokens that the model does not know."""
+    errors = []
     for name, corpus in config.data.corpora.items():
         absent = [f for f in (f"{corpus.path}.bin", f"{corpus.path}.idx") if not Path(f).is_file()]
         if absent:
-            missing.append(
+            errors.append(
                 f"data.corpora.{name}.path={corpus.path}: {' and '.join(absent)} not found; write "
                 f"them with data-tools tokenize ... --output {corpus.path}"
             )
-    return missing
+        receipt = Path(f"{corpus.path}.receipt.json")
+        tokenizer = json.loads(receipt.read_text())["tokenizer"] if receipt.is_file() else {}
+        if tokenizer.get("vocab_size", 0) > config.model.vocab_size:
+            errors.append(
+                f"data.corpora.{name} was tokenized with {tokenizer['vocab_size']} ids, more than "
+                f"model.vocab_size={config.model.vocab_size}: raise it to at least "
+                f"{tokenizer['vocab_size']}"
+            )
+    return errors
 
 
 def checkpoint_bytes_per_parameter(config: Config) -> int:
