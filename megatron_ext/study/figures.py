@@ -25,13 +25,13 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from megatron_ext.rope.bound import distance_curve
-from megatron_ext.study.runs import Run
+from megatron_ext.study.runs import Run, count
 
 # The light page's colours; in the SVG each becomes the CSS variable of the same name.
 INK, MUTED, GRID = "#1b1f24", "#5b6570", "#dfe3e8"
-FAIL, FAIL_FAR = "#d9480f", "#f0a27f"
+FAIL, FAIL_FAR = "#c92a2a", "#eba3a3"
 SERIES = (
-    "#0b63ce", "#b8460b", "#18794e", "#6f42c1", "#946200", "#b4256b", "#0c7489", "#4d5560",
+    "#0b63ce", "#946200", "#18794e", "#6f42c1", "#0c7489", "#b4256b", "#4d5560", "#7a4a2b",
 )  # fmt: skip
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 _VARIABLES = {
@@ -80,25 +80,25 @@ def loss_curves(runs: Sequence[Run]) -> Figure | None:
     """Training and validation loss over tokens."""
     if not any(run.training for run in runs):
         return None
-    most = max(r["tokens"] for run in runs for r in run.training)
-    unit, suffix = next(u for u in ((1e9, "B"), (1e6, "M"), (1, "")) if most >= u[0])
 
     def paint(canvas: Canvas, wide: bool) -> None:
         axes = canvas.subplots()
         for k, run in enumerate(runs):
             tokens = _tokens_per_step(run)
             axes.plot(
-                [r["tokens"] / unit for r in run.training],
+                [r["tokens"] for r in run.training],
                 [r["loss"] for r in run.training],
                 color=SERIES[k % 8], ls=DASHES[k // 8 % 3], lw=1.1, alpha=0.55,
             )  # fmt: skip
             axes.plot(
-                [r["step"] * tokens / unit for r in run.validation],
+                [r["step"] * tokens for r in run.validation],
                 [r["validation_loss"] for r in run.validation],
                 marker="o", color=SERIES[k % 8], ls=DASHES[k // 8 % 3], lw=1.8, ms=4.5,
             )  # fmt: skip
         axes.set_xlim(left=0)
-        _labels(axes, f"tokens{f' ({suffix})' if suffix else ''}", "loss (nats a token)")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
+        _labels(axes, "tokens", "loss (nats a token)")
 
     rows = [
         (run.name, kind, record["step"], record["step"] * _tokens_per_step(run), record[key])
@@ -124,7 +124,7 @@ def loss_curves(runs: Sequence[Run]) -> Figure | None:
 def bound_curves(runs: Sequence[Run]) -> Figure | None:
     """B_m of each run, one panel each, failing distances marked."""
     curves = [(run, distance_curve(run.inv_freq, horizon(run))) for run in runs]
-    columns = 2 if len(runs) > 1 else 1
+    columns = 2 if len(runs) > 3 else 1
 
     def paint(canvas: Canvas, wide: bool) -> None:
         across = columns if wide else 1
@@ -140,17 +140,17 @@ def bound_curves(runs: Sequence[Run]) -> Figure | None:
         for m, value in enumerate(curve)
     )
     caption = (
-        "B_m is how much more attention a similar token at distance m gets, in expectation, than a "
+        "Bₘ is how much more attention a similar token at distance m gets, in expectation, than a "
         "random one, in units of 2σ² (arXiv 2405.14591, Theorem 1). Where it is below zero the "
-        "model prefers the wrong token. Filled dark: failing distances within the trained context, "
-        "left of the dotted line; filled light: failing distances beyond it. The ring marks the "
-        "first one."
+        "model prefers the wrong token. Filled strongly: failing distances within the trained "
+        "context, left of the dotted line; faintly: failing distances beyond it. The ring marks "
+        "the first one."
     )
-    legend = [("var(--fail)", "B_m < 0 within the context"), ("var(--fail-far)", "beyond it")]
+    legend = [("var(--fail)", "Bₘ < 0 within the context"), ("var(--fail-far)", "beyond it")]
     table = (("run", "distance", "b_m", "within_trained_context"), rows)
-    height = 250 * -(-len(runs) // columns)
-    title = "What the theory says: B_m over distance"
-    return _figure("bound", title, caption, paint, table, legend, height, 215 * len(runs))
+    height = 225 * -(-len(runs) // columns)
+    title = "What the theory says: Bₘ over distance"
+    return _figure("bound", title, caption, paint, table, legend, height, 200 * len(runs))
 
 
 def perplexity(runs: Sequence[Run]) -> Figure | None:
@@ -250,27 +250,30 @@ def _bound_panel(axes: Axes, run: Run, curve: np.ndarray, color: str) -> None:
     context = run.config.training.sequence_length
     m, b = _thinned(curve)
     axes.axhline(0, color=MUTED, lw=0.8)
-    axes.axvline(context, color=MUTED, lw=1, ls=(0, (1, 2)))
-    axes.fill_between(m, b, 0, where=(b < 0) & (m < context), color=FAIL, lw=0, step=None)
+    axes.axvline(context, color=MUTED, lw=1.2, ls=(0, (1, 2)))
+    axes.fill_between(m, b, 0, where=(b < 0) & (m < context), color=FAIL, lw=0)
     axes.fill_between(m, b, 0, where=(b < 0) & (m >= context - 1), color=FAIL_FAR, lw=0)
-    axes.plot(m, b, color=color, lw=1.2)
+    axes.plot(m, b, color=color, lw=1)
+    axes.plot(m, np.where(b < 0, b, np.nan), color=FAIL, lw=1)
     failing = np.flatnonzero(curve < 0)
     if len(failing):
-        axes.plot(failing[0], curve[failing[0]], "o", ms=7, mfc="none", mec=FAIL, mew=1.6)
-        where = f"first B_m < 0 at m = {failing[0]:,}"
+        axes.plot(failing[0], curve[failing[0]], "o", ms=8, mfc="none", mec=INK, mew=1.4)
+        where = f"first Bₘ < 0 at m = {failing[0]:,}"
     else:
-        where = f"B_m ≥ 0 up to m = {len(curve) - 1:,}"
+        where = f"Bₘ ≥ 0 up to m = {len(curve) - 1:,}"
     axes.set_xlim(0, len(curve))
     axes.set_ylim(min(-0.28 * curve[0], 1.15 * curve.min()), 1.04 * curve[0])
-    axes.set_title(f"{run.name}, base {run.config.rope.base:g}", loc="left", color=INK)
+    axes.set_title(f"{run.name}, base {run.config.rope.base:,g}", loc="left", color=INK)
     axes.text(0.98, 0.93, where, transform=axes.transAxes, ha="right", va="top", color=INK)
-    axes.text(
-        context, axes.get_ylim()[0], f" trained context {context:,}",
-        color=MUTED, va="bottom", ha="left" if context < 0.6 * len(curve) else "right",
+    left = context > 0.6 * len(curve)
+    axes.annotate(
+        f"trained context {context:,}", (context, 0), (-4 if left else 4, 4),
+        xycoords=("data", "axes fraction"), textcoords="offset points",
+        color=MUTED, ha="right" if left else "left",
     )  # fmt: skip
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    _labels(axes, "distance m (tokens)", "B_m")
+    _labels(axes, "distance m (tokens)", "Bₘ")
 
 
 def _thinned(curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -283,10 +286,10 @@ def _thinned(curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _trained_context(axes: Axes, runs: Sequence[Run]) -> None:
     for context in {run.config.training.sequence_length for run in runs}:
-        axes.axvline(context, color=MUTED, lw=1, ls=(0, (1, 2)), zorder=0)
-        axes.text(
-            context, 1, " trained context", transform=axes.get_xaxis_transform(),
-            color=MUTED, va="top", ha="left",
+        axes.axvline(context, color=MUTED, lw=1.2, ls=(0, (1, 2)), zorder=0.5)
+        axes.annotate(
+            "trained context", (context, 1), (4, 0), xycoords=("data", "axes fraction"),
+            textcoords="offset points", color=MUTED, va="top", ha="left",
         )  # fmt: skip
 
 
@@ -359,7 +362,7 @@ def for_page(svg: str, title: str) -> str:
 def _legend(shown: Sequence[Run], runs: Sequence[Run] = ()) -> list[tuple[str, str]]:
     places = {run.folder: k for k, run in enumerate(runs or shown)}
     return [
-        (f"var(--s{places[run.folder] % 8})", f"{run.name} (base {run.config.rope.base:g})")
+        (f"var(--s{places[run.folder] % 8})", f"{run.name} (base {run.config.rope.base:,g})")
         for run in shown
     ]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError
-from megatron_ext.study.runs import HORIZON, Run, parameters, read_run
+from megatron_ext.study.runs import HORIZON, Run, count, parameters, read_run
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -87,7 +87,7 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     weights = max(parameters(run.config) for run in runs)
     if 0 < tokens < 20 * weights:
         found.append(
-            f"{_count(tokens)} tokens are {tokens / weights:.2g} for each of {_count(weights)} "
+            f"{count(tokens)} tokens are {tokens / weights:.2g} for each of {count(weights)} "
             "parameters, far from the 20 or so of a well-trained model: read shapes, not values."
         )
     found += [note for run in runs for note in _notes(run)]
@@ -103,8 +103,8 @@ def table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("Head dimension", [str(run.config.model.head_dim) for run in runs]),
         ("Bound at this context", [_verdict(run) for run in runs]),
         ("First failing distance", [_failing(run) for run in runs]),
-        ("Parameters", [_count(parameters(run.config)) for run in runs]),
-        ("Tokens", [_last(run, "tokens", _count) for run in runs]),
+        ("Parameters", [count(parameters(run.config)) for run in runs]),
+        ("Tokens", [_last(run, "tokens", count) for run in runs]),
         ("Steps", [f"{run.steps_done:,} of {run.config.training.steps:,}" for run in runs]),
         ("Final training loss", [_last(run, "loss", "{:.3f}".format) for run in runs]),
         ("Validation loss", [_validation(run) for run in runs]),
@@ -113,7 +113,7 @@ def table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("Device", [str(run.environment.get("device", "—")) for run in runs]),
         ("Code revision", [_revision(run) for run in runs]),
         ("Data fingerprint", [run.fingerprint or "—" for run in runs]),
-        ("Job", [str(run.environment.get("slurm_job_id") or "—") for run in runs]),
+        ("Slurm job", [str(run.environment.get("slurm_job_id") or "none") for run in runs]),
         ("Folder", [str(run.folder) for run in runs]),
         ("Missing", ["; ".join(run.missing) or "nothing" for run in runs]),
     ]
@@ -121,17 +121,17 @@ def table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def _run_summary(run: Run) -> str:
     context, failing = run.config.training.sequence_length, run.first_failing_distance
-    base = f"{run.name}, base {run.config.rope.base:g}:"
+    base = f"{run.name}, base {run.config.rope.base:,g}:"
     if failing is None:
-        theory = f"B_m stays non-negative at every distance up to {HORIZON:,} tokens."
+        theory = f"Bₘ stays non-negative at every distance up to {HORIZON:,} tokens."
     elif failing < context:
         theory = (
-            f"B_m turns negative at distance {failing:,}, within the trained context of {context:,}"
+            f"Bₘ turns negative at distance {failing:,}, within the trained context of {context:,}"
             f" ({run.verdict.failing_share:.0%} of its distances fail)."
         )
     else:
         theory = (
-            f"B_m stays non-negative over the trained context of {context:,} and turns negative "
+            f"Bₘ stays non-negative over the trained context of {context:,} and turns negative "
             f"at distance {failing:,}, beyond it."
         )
     if not run.validation:
@@ -188,8 +188,8 @@ def _title(runs: Sequence[Run]) -> str:
 def _verdict(run: Run) -> str:
     verdict = run.verdict
     if verdict.feasible:
-        return f"holds (least B_m {verdict.min_b:.2f})"
-    return f"fails at {verdict.failing_share:.0%} of distances (least B_m {verdict.min_b:.2f})"
+        return f"holds (least Bₘ {verdict.min_b:.2f})"
+    return f"fails at {verdict.failing_share:.0%} of distances (least Bₘ {verdict.min_b:.2f})"
 
 
 def _failing(run: Run) -> str:
@@ -234,13 +234,6 @@ def _revision(run: Run) -> str:
         return "—"
     name, dirty, _ = revision.partition("-dirty")
     return name[:12] + (" with changes" if dirty else "")
-
-
-def _count(number: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:g}"
 
 
 def _common_parent(folders: Sequence[Path]) -> Path:

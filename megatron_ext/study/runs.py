@@ -104,6 +104,14 @@ def parameters(config: Config) -> int:
     return model.num_layers * (attention + mlp + norms) + model.hidden_size + embeddings
 
 
+def count(number: float) -> str:
+    """A count as a person says it: 819k, 1.33M, 2.1B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:g}"
+
+
 def _fingerprint(data: Record | None) -> str | None:
     if data is None:
         return None
