@@ -256,7 +256,8 @@ def check_zstd_is_whole(path: str) -> None:
             start = position
             magic = struct.unpack("<I", take(4))[0]
             if 0x184D2A50 <= magic <= 0x184D2A5F:
-                position += struct.unpack("<I", take(4))[0]
+                content = struct.unpack("<I", take(4))[0]
+                position += content
             elif magic == 0xFD2FB528:
                 flags = take(1)[0]
                 single = flags >> 5 & 1

@@ -129,10 +129,11 @@ def _verify_tokens(
         else None
     )
     known = pair["bin"]["blocks"] if pair else None
+    block_bytes = int(pair["bin"]["block_bytes"]) if pair else CHECKED_BYTES
     with open(bin_path, "rb", buffering=0) as stream:
         start = 0
-        while block := _read_full(stream):
-            number = start // CHECKED_BYTES
+        while block := _read_full(stream, block_bytes):
+            number = start // block_bytes
             if known is not None:
                 if number >= len(known):
                     problems.append(f"{bin_path} goes on after byte {start:,}, where it should end")
@@ -165,14 +166,14 @@ def _verify_tokens(
                         f"{bin_path}: document {document:,} does not end with EOD ({eod})"
                     )
             start += len(block)
-    if known is not None and start < (len(known) - 1) * CHECKED_BYTES:
-        problems.append(f"{bin_path} ends in block {start // CHECKED_BYTES:,} of {len(known):,}")
+    if known is not None and start < (len(known) - 1) * block_bytes:
+        problems.append(f"{bin_path} ends in block {start // block_bytes:,} of {len(known):,}")
     return problems
 
 
-def _read_full(stream: Any) -> bytes:
-    """Exactly `CHECKED_BYTES`, or what is left of the file."""
-    pieces, left = [], CHECKED_BYTES
+def _read_full(stream: Any, size: int) -> bytes:
+    """Exactly `size` bytes, or what is left of the file."""
+    pieces, left = [], size
     while left and (piece := stream.read(left)):
         pieces.append(piece)
         left -= len(piece)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -23,6 +24,12 @@ def library_text() -> list[str]:
     folder = Path(json.__file__).parent.parent
     names = ("argparse.py", "ast.py", "difflib.py", "inspect.py", "typing.py", "_pydecimal.py")
     return [(folder / name).read_text(encoding="utf-8") for name in names]
+
+
+@pytest.fixture(autouse=True)
+def _without_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests survive processes, not power cuts: waiting for the disk would be most of their time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")
