@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 from megatron_ext.config import Config, load_config, validate
+from megatron_ext.data.corpora import check_corpora, check_same_data, fingerprint_of
 from megatron_ext.errors import UserError
 
 
@@ -42,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def pretrain(config: Config) -> int:
     """Config -> world -> data, model, optimizer -> restore -> train."""
-    # Torch and Megatron-Core take seconds to import: only after the config has been checked.
+    check_corpora(config)
+
+    # Torch and Megatron-Core take seconds to import: only after everything cheap was checked.
     # Which kernels are used stands in our own log; Megatron-Core would warn six times.
     warnings.filterwarnings("ignore", module="megatron|torch.distributed")
     from megatron.core import parallel_state
@@ -60,8 +63,7 @@ def pretrain(config: Config) -> int:
         log = start_logging(here.is_main)
         for warning in validate(config, here.size):
             log.warning(warning)
-        blend.check_corpora(config)
-        fingerprint = blend.fingerprint(config)
+        fingerprint = fingerprint_of(config)
         journal.describe_run(config, here, fingerprint)
         data = blend.build_datasets(config)
         model = build_model(config)
@@ -71,7 +73,7 @@ def pretrain(config: Config) -> int:
         state = sharded.restore(config.training.run_dir, model, optimizer)
         if state is not None:
             log.info("resuming after step %d", state["step"])
-            blend.check_same_data(state["data"], fingerprint)
+            check_same_data(state["data"], fingerprint)
         elif config.training.init_from is not None:
             source = sharded.load_weights(config.training.init_from, model, optimizer)
             log.info("weights from %s", source)

@@ -8,9 +8,9 @@ Raises ConfigError when the layout does not divide; missing token files are erro
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from megatron_ext.config import Config, rope_frequencies_of, short_number, smallest_base, validate
+from megatron_ext.data.corpora import corpus_errors
 from megatron_ext.planning.parameters import count_parameters
 from megatron_ext.rope.bound import judge, usable_context
 
@@ -145,27 +145,6 @@ def preflight(config: Config, world_size: int) -> Preflight:
         warnings=warnings,
         errors=corpus_errors(config),
     )
-
-
-def corpus_errors(config: Config) -> list[str]:
-    """A sentence for each corpus that is not there or has tokens that the model does not know."""
-    errors = []
-    for name, corpus in config.data.corpora.items():
-        absent = [f for f in (f"{corpus.path}.bin", f"{corpus.path}.idx") if not Path(f).is_file()]
-        if absent:
-            errors.append(
-                f"data.corpora.{name}.path={corpus.path}: {' and '.join(absent)} not found; write "
-                f"them with data-tools tokenize ... --output {corpus.path}"
-            )
-        receipt = Path(f"{corpus.path}.receipt.json")
-        tokenizer = json.loads(receipt.read_text())["tokenizer"] if receipt.is_file() else {}
-        if tokenizer.get("vocab_size", 0) > config.model.vocab_size:
-            errors.append(
-                f"data.corpora.{name} was tokenized with {tokenizer['vocab_size']} ids, more than "
-                f"model.vocab_size={config.model.vocab_size}: raise it to at least "
-                f"{tokenizer['vocab_size']}"
-            )
-    return errors
 
 
 def checkpoint_bytes_per_parameter(config: Config) -> int:
