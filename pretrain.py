@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 from megatron_ext.config import Config, load_config, validate
-from megatron_ext.data.corpora import check_corpora, check_same_data, fingerprint_of
+from megatron_ext.data.corpora import check_corpora, fingerprint_of
 from megatron_ext.errors import UserError
 
 
@@ -63,21 +63,18 @@ def pretrain(config: Config) -> int:
         log = start_logging(here.is_main)
         for warning in validate(config, here.size):
             log.warning(warning)
-        fingerprint = fingerprint_of(config)
-        journal.describe_run(config, here, fingerprint)
         data = blend.build_datasets(config)
         model = build_model(config)
         optimizer = build_optimizer(model, config)
 
-        record = {"config": config.model_dump(mode="json"), "data": fingerprint}
-        state = sharded.restore(config.training.run_dir, model, optimizer)
-        if state is not None:
-            log.info("resuming after step %d", state["step"])
-            check_same_data(state["data"], fingerprint)
+        record = {"config": config.model_dump(mode="json"), "data": fingerprint_of(config)}
+        done_steps = sharded.restore(config.training.run_dir, model, optimizer, record)
+        if done_steps:
+            log.info("resuming after step %d", done_steps)
         elif config.training.init_from is not None:
             source = sharded.load_weights(config.training.init_from, model, optimizer)
             log.info("weights from %s", source)
-        done_steps = state["step"] if state else 0
+        journal.describe_run(config, here, record["data"])
 
         layout = blend.Layout(
             parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

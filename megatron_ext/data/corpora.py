@@ -68,18 +68,6 @@ def fingerprint_of(config: Config) -> dict[str, Any]:
     }
 
 
-def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UserError, naming the first difference, when a checkpoint was made on other data or in
-    another order; token files may have moved."""
-    for key in now:
-        before, after = _without_paths(saved.get(key)), _without_paths(now[key])
-        if before != after:
-            raise UserError(
-                f"the checkpoint was trained with {key}={before} but this run has {after}: restore "
-                "the old data and settings, or start a new run with another training.run_dir"
-            )
-
-
 def _check_files(name: str, corpus: Corpus) -> None:
     for suffix in (".bin", ".idx"):
         file = Path(f"{corpus.path}{suffix}")
@@ -130,12 +118,6 @@ def _check_split(name: str, corpus: Corpus, fraction: float) -> None:
 def _tokenizer(prefix: Path) -> dict[str, Any]:
     """What the receipt says of the tokenizer; empty for token files that came without one."""
     return (read_receipt(prefix) or {}).get("tokenizer", {})
-
-
-def _without_paths(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {name: _without_paths(item) for name, item in value.items() if name != "path"}
 
 
 def _checksum(file: Path) -> str:

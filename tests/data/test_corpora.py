@@ -10,20 +10,6 @@ from megatron_ext.errors import UserError
 from tests.conftest import pretrain
 
 
-def test_fingerprint_tells_order_apart_and_ignores_where_files_lie(
-    config_file: Path, corpus: Path, tmp_path: Path
-) -> None:
-    config = load_config(config_file)
-    for suffix in (".bin", ".idx", ".receipt.json"):
-        (tmp_path / f"moved{suffix}").write_bytes(Path(f"{corpus}{suffix}").read_bytes())
-    moved = load_config(config_file, [f"data.corpora.library.path={tmp_path / 'moved'}"])
-    corpora.check_same_data(corpora.fingerprint_of(config), corpora.fingerprint_of(moved))
-    for change in ("training.seed=1", "training.steps=19", "data.corpora.library.weight=2"):
-        other = corpora.fingerprint_of(load_config(config_file, [change]))
-        with pytest.raises(UserError):
-            corpora.check_same_data(corpora.fingerprint_of(config), other)
-
-
 def test_missing_file_and_small_vocabulary_are_refused(config_file: Path) -> None:
     printed = pretrain(config_file, "data.corpora.library.path=nowhere/x", code=2)
     assert "nowhere/x.bin does not exist" in printed and "Traceback" not in printed
