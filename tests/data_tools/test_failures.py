@@ -1,7 +1,7 @@
 """Bad input of every kind: nothing good is lost, everything bad is named, loss is never silent.
 
-Files of 100 documents with one bad record after 50: on these Megatron-LM's preprocess_data.py hangs,
-preprocess_data_fast.py drops the second half with exit code 0, others drop the whole buffer.
+Files of 100 documents with one bad record after 50: on these Megatron-LM's preprocess_data.py
+hangs, preprocess_data_fast.py drops the second half with exit code 0, others the whole buffer.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def test_what_only_looks_bad_is_kept(model: str, tokenizer: Tokenizer, tmp_path:
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("spooled", [False, True])
 def test_a_truncated_archive_is_an_error_that_names_it(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, keep: float, spooled: bool
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ending: str, keep: float, spooled: bool,
 ) -> None:  # fmt: skip
     if spooled:
         monkeypatch.setattr("data_tools.shares._SMALL_BYTES", -1)

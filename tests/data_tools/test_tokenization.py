@@ -40,6 +40,10 @@ def texts() -> list[str]:
     return made
 
 
+def read_lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def outputs(prefix: Path) -> tuple[bytes, bytes]:
     return prefix.with_name(prefix.name + ".bin").read_bytes(), prefix.with_name(
         prefix.name + ".idx"
@@ -144,7 +148,7 @@ def test_bos_eod_and_shortest_length(model: str, tokenizer: Tokenizer, tmp_path:
         [tokenizer.bos_id, *tokenizer.encode("hello world, this is long").tolist()]
     ]
     assert receipt["counts"]["rejected"] == {"fewer than --min-tokens tokens": 2}
-    rejected = [json.loads(line) for line in open(tmp_path / "out.rejected.jsonl")]
+    rejected = read_lines_of(tmp_path / "out.rejected.jsonl")
     assert [record["line"] for record in rejected] == [1, 3]
 
 
@@ -233,7 +237,7 @@ def test_another_command_does_not_replace_a_finished_one(
 
 
 class Killed(BaseException):
-    """Stands for a killed process: nothing on the way may catch it and tidy up into a whole result."""
+    """Stands for a killed process: nothing may catch it and tidy up into a whole result."""
 
 
 def test_stopped_at_any_file_operation_it_goes_on(
@@ -396,7 +400,7 @@ def test_standard_input(texts: list[str], model: str, tokenizer: Tokenizer, tmp_
     command = [sys.executable, "-m", "data_tools", "tokenize", "-", "--tokenizer", model]
     command += ["--output", str(tmp_path / "out"), "--quiet"]
     root = Path(__file__).parents[2]
-    subprocess.run(command, stdin=open(source), check=True, cwd=root)
+    subprocess.run(command, input=source.read_bytes(), check=True, cwd=root)
     assert documents(tmp_path / "out") == expected(tokenizer, texts[:50])
 
 
@@ -480,7 +484,7 @@ def test_memory_stays_bounded_on_a_line_of_four_gigabytes(model: str, tmp_path: 
     root = Path(__file__).parents[2]
     peak = int(subprocess.run(command, cwd=root, check=True, capture_output=True).stdout)
     assert peak < 1 << 20  # KiB
-    (record,) = [json.loads(line) for line in open(tmp_path / "out.rejected.jsonl")]
+    (record,) = read_lines_of(tmp_path / "out.rejected.jsonl")
     assert (record["line"], record["offset"], record["reason"]) == (2, len(good), "line too long")
     assert record["bytes"] == (4 << 30) + 12
     assert len(documents(tmp_path / "out")) == 2

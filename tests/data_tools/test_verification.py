@@ -104,7 +104,7 @@ def test_without_a_receipt_the_structure_is_checked(sound: Path, tmp_path: Path,
 
 
 def test_wrong_ids_are_named_even_if_checksums_agree(sound: Path, tmp_path: Path) -> None:
-    """A pair written wrongly from the start: an id beyond the vocabulary, a document without EOD."""
+    """A pair written wrongly from the start: an id beyond the vocabulary, an EOD missing."""
     from data_tools.pair import PairWriter, publish
     from data_tools.receipt import read_receipt, write_receipt
 
