@@ -1,5 +1,5 @@
-"""What a resumed run must share with its checkpoint: the model, its RoPE, the number format, the kind
-of optimizer state, and the data in its order. Needs no torch.
+"""What a resumed run must share with its checkpoint: the model, its RoPE, the number format, the
+kind of optimizer state, and the data in its order. Needs no torch.
 
     check_continues(checkpoint_record, this_run)      # raises UserError naming the first difference
 
