@@ -84,7 +84,7 @@ def loss_curves(runs: Sequence[Run]) -> Figure | None:
     def paint(canvas: Canvas, wide: bool) -> None:
         axes = canvas.subplots()
         for k, run in enumerate(runs):
-            tokens = _tokens_per_step(run)
+            tokens = run.config.training.tokens_per_step
             axes.plot(
                 [r["tokens"] for r in run.training],
                 [r["loss"] for r in run.training],
@@ -101,7 +101,13 @@ def loss_curves(runs: Sequence[Run]) -> Figure | None:
         _labels(axes, "tokens", "loss (nats a token)")
 
     rows = [
-        (run.name, kind, record["step"], record["step"] * _tokens_per_step(run), record[key])
+        (
+            run.name,
+            kind,
+            record["step"],
+            record["step"] * run.config.training.tokens_per_step,
+            record[key],
+        )
         for run in runs
         for kind, key, records in (
             ("training", "loss", run.training),
@@ -353,6 +359,8 @@ def for_page(svg: str, title: str) -> str:
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    # Names of groups, which nothing refers to and which every figure has alike.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
@@ -365,10 +373,6 @@ def _legend(shown: Sequence[Run], runs: Sequence[Run] = ()) -> list[tuple[str, s
         (f"var(--s{places[run.folder] % 8})", f"{run.name} (base {run.config.rope.base:,g})")
         for run in shown
     ]
-
-
-def _tokens_per_step(run: Run) -> int:
-    return run.config.training.global_batch_size * run.config.training.sequence_length
 
 
 def _short(number: float) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError
-from megatron_ext.study.runs import HORIZON, Run, count, parameters, read_run
+from megatron_ext.planning.parameters import count_parameters
+from megatron_ext.study.runs import HORIZON, Run, count, read_run
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -84,7 +85,7 @@ def remarks(runs: Sequence[Run]) -> list[str]:
             "low while retrieval fails."
         )
     tokens = max((run.training[-1]["tokens"] for run in runs if run.training), default=0)
-    weights = max(parameters(run.config) for run in runs)
+    weights = max(count_parameters(run.config.model).total for run in runs)
     if 0 < tokens < 20 * weights:
         found.append(
             f"{count(tokens)} tokens are {tokens / weights:.2g} for each of {count(weights)} "
@@ -103,7 +104,7 @@ def table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("Head dimension", [str(run.config.model.head_dim) for run in runs]),
         ("Bound at this context", [_verdict(run) for run in runs]),
         ("First failing distance", [_failing(run) for run in runs]),
-        ("Parameters", [count(parameters(run.config)) for run in runs]),
+        ("Parameters", [count(count_parameters(run.config.model).total) for run in runs]),
         ("Tokens", [_last(run, "tokens", count) for run in runs]),
         ("Steps", [f"{run.steps_done:,} of {run.config.training.steps:,}" for run in runs]),
         ("Final training loss", [_last(run, "loss", "{:.3f}".format) for run in runs]),

@@ -93,17 +93,6 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def parameters(config: Config) -> int:
-    """Weights of the whole model."""
-    model = config.model
-    heads, groups = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    attention = model.hidden_size * (2 * heads + 2 * groups)
-    mlp = 3 * model.hidden_size * model.ffn_hidden_size
-    norms = 2 * model.hidden_size
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
-    return model.num_layers * (attention + mlp + norms) + model.hidden_size + embeddings
-
-
 def count(number: float) -> str:
     """A count as a person says it: 819k, 1.33M, 2.1B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
