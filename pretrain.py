@@ -10,6 +10,7 @@ checkpoint and end with exit code 0. Exit code 2 means a mistake in the command 
 """
 
 import argparse
+import importlib.util
 import logging
 import os
 import sys
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 def pretrain(config: Config) -> int:
     """Config -> world -> data, model, optimizer -> restore -> train."""
     check_corpora(config)
+    check_machine(config)
 
     # Torch and Megatron-Core take seconds to import: only after everything cheap was checked.
     # Which kernels are used stands in our own log; Megatron-Core would warn six times.
@@ -88,6 +90,22 @@ def pretrain(config: Config) -> int:
         else:
             log.info("finished: %d steps in %s", done, config.training.run_dir)
     return 0
+
+
+def check_machine(config: Config) -> None:
+    """Raise UserError for what would fail only after the model was built."""
+    run_dir = config.training.run_dir
+    there = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"training.run_dir={run_dir} cannot be written: {there} is "
+            f"{'not writable' if there.is_dir() else 'no folder'}; choose another training.run_dir"
+        )
+    if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "logging.tensorboard=true needs the package tensorboard: "
+            "pip install 'megatron-ext[track]', or set logging.tensorboard=false"
+        )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
