@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 
 from megatron_ext.config import Config, load_config, validate
-from megatron_ext.data.corpora import check_corpora, fingerprint_of
+from megatron_ext.data.corpora import check_corpora, epochs, fingerprint_of
 from megatron_ext.errors import UserError
 
 
@@ -65,6 +65,8 @@ def pretrain(config: Config) -> int:
         log = start_logging(here.is_main)
         for warning in validate(config, here.size):
             log.warning(warning)
+        for name, times in epochs(config).items():
+            log.info("data: %s is read %.3g times", name, times)
         data = blend.build_datasets(config)
         model = build_model(config)
         optimizer = build_optimizer(model, config)

@@ -11,6 +11,7 @@ of nothing for ever, gpt_dataset.py:634).
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from data_tools.errors import UserError as DataToolsError
@@ -29,6 +30,8 @@ def check_corpora(config: Config) -> None:
         )
     for error in corpus_errors(config):
         raise UserError(error)
+    if config.data.mask_documents:
+        eod_id(config)
 
 
 def corpus_errors(config: Config) -> list[str]:
@@ -65,7 +68,31 @@ def fingerprint_of(config: Config) -> dict[str, Any]:
         "global_batch_size": config.training.global_batch_size,
         "samples": config.training.steps * config.training.global_batch_size,
         "seed": config.training.seed,
+        "mask_documents": config.data.mask_documents,
     }
+
+
+def epochs(config: Config) -> dict[str, float]:
+    """How often the run reads each corpus' training documents, by their tokens."""
+    total = sum(corpus.weight for corpus in config.data.corpora.values())
+    tokens = config.training.steps * config.training.tokens_per_step
+    return {
+        name: tokens * corpus.weight / total / _training_tokens(corpus, config)
+        for name, corpus in config.data.corpora.items()
+    }
+
+
+def eod_id(config: Config) -> int:
+    """The id that ends each document, the same in all corpora. Raises UserError when the receipts
+    name none or several."""
+    ids = {_tokenizer(corpus.path).get("eod_id") for corpus in config.data.corpora.values()}
+    found = ids.pop() if len(ids) == 1 else None
+    if found is None:
+        raise UserError(
+            "data.mask_documents=true needs one end-of-document id, which the receipts beside the "
+            "token files do not name: tokenize them with data-tools tokenize --append-eod"
+        )
+    return found
 
 
 def _check_files(name: str, corpus: Corpus) -> None:
@@ -100,9 +127,19 @@ def _check_vocabulary(name: str, corpus: Corpus, known: int) -> None:
         )
 
 
+def _training_tokens(corpus: Corpus, config: Config) -> int:
+    lengths = read_index(corpus.path).lengths
+    return int(lengths[: _first_held_out(lengths, config.data.validation_fraction)].sum(dtype="i8"))
+
+
+def _first_held_out(lengths: np.ndarray, fraction: float) -> int:
+    """Number of the first validation document, rounded as Megatron-Core does."""
+    return round((1 - fraction) * len(lengths))
+
+
 def _check_split(name: str, corpus: Corpus, fraction: float) -> None:
     lengths = read_index(corpus.path).lengths
-    first_held_out = round((1 - fraction) * len(lengths))  # as Megatron-Core rounds
+    first_held_out = _first_held_out(lengths, fraction)
     for share, documents in (
         ("training", lengths[:first_held_out]),
         ("validation", lengths[first_held_out:]),

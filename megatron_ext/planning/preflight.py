@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from megatron_ext.config import Config, rope_frequencies_of, short_number, smallest_base, validate
-from megatron_ext.data.corpora import corpus_errors
+from megatron_ext.data.corpora import corpus_errors, epochs
 from megatron_ext.planning.parameters import count_parameters
 from megatron_ext.rope.bound import judge, usable_context
 
@@ -61,6 +61,8 @@ class Preflight:
     bound: BoundReport
     corpora: dict[str, str]
     """Token file prefixes by name."""
+    epochs: dict[str, float]
+    """How often each corpus is read; empty when one of them cannot serve."""
     warnings: list[str]
     errors: list[str]
 
@@ -76,7 +78,10 @@ class Preflight:
     def text(self) -> str:
         """Lines for a person."""
         kept = self.checkpoint_bytes * self.checkpoints_kept
-        names = ", ".join(f"{name} ({path})" for name, path in self.corpora.items())
+        names = ", ".join(
+            f"{name} ({path})" + (f" {self.epochs[name]:.3g} times" if self.epochs else "")
+            for name, path in self.corpora.items()
+        )
         lines = [
             ("run", self.run_dir),
             (
@@ -126,6 +131,7 @@ def preflight(config: Config, world_size: int) -> Preflight:
     parameters = count_parameters(config.model)
     parallel, training = config.parallel, config.training
     data_parallel = world_size // (parallel.tensor * parallel.pipeline)
+    errors = corpus_errors(config)
     return Preflight(
         run_dir=str(training.run_dir),
         parameters=parameters.total,
@@ -143,7 +149,8 @@ def preflight(config: Config, world_size: int) -> Preflight:
         bound=_bound_report(config),
         corpora={name: str(corpus.path) for name, corpus in config.data.corpora.items()},
         warnings=warnings,
-        errors=corpus_errors(config),
+        epochs={} if errors else epochs(config),
+        errors=errors,
     )
 
 
