@@ -13,7 +13,9 @@ from tests.conftest import ROOT
 CONFIGS = ROOT / "configs"
 # A file that only others inherit from may leave out what they differ in.
 PARTS = {"demo/common.yaml": "rope.base=1e4"}
-SHIPPED = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
+SHIPPED = sorted(
+    str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if p.parent.name != "data"
+)
 SWEEP = ("1e2", "5e2", "1e3", "1e4", "1e5", "2e5", "5e5", "1e6", "5e6")
 
 
@@ -36,6 +38,12 @@ def test_the_2b_is_the_papers() -> None:
     assert config.model.head_dim == 128
     assert config.parallel.world_size == 128
     assert validate(config) == []
+
+
+def test_redpajama_is_mixed_as_llamas_data() -> None:
+    corpora = load_config(CONFIGS / "runs/redpajama_2b.yaml").data.corpora
+    assert [corpus.weight for corpus in corpora.values()] == [67, 15, 4.5, 4.5, 4.5, 2.5, 2]
+    assert len({corpus.path for corpus in corpora.values()}) == 7
 
 
 def test_the_tiny_one_is_tiny_and_runs_anywhere() -> None:
