@@ -29,7 +29,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.study.demo_corpus import build_corpus
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs" / "demo"
+CONFIGS = Path(os.path.relpath(ROOT / "configs" / "demo"))
+OUTPUT = Path("runs/demo")
 RUNS = ("below", "above")
 PROCESSES = 2  # tensor-parallel ranks
 VOCAB_SIZE = 2048
@@ -71,7 +72,7 @@ def demo(output: Path, corpus: Path | None = None) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(
-            f"another demo is writing {output}: wait for it, or give --output"
+            f"another demo is writing into {output}: wait for it, or write --output FOLDER"
         ) from None
 
     source, tokenizer = data / "corpus.jsonl.zst", data / "tokenizer.model"
@@ -95,18 +96,20 @@ def demo(output: Path, corpus: Path | None = None) -> Path:
     torchrun = (*python, "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES)
     for number, name in enumerate(RUNS, start=4):
         config = CONFIGS / f"{name}.yaml"
-        places = (
+        places = [
             f"training.run_dir={output / name}",
             f"data.corpora.demo.path={prefix}",
             f"data.tokenizer={tokenizer}",
-        )
+        ]
+        if output == OUTPUT:  # what the configs say themselves
+            places = []
         settings = load_config(config, places)
         stage(number, f"Pre-training with base {settings.rope.base:g}, {name} the bound")
         run_dir, steps = settings.training.run_dir, settings.training.steps
         if newest_step(run_dir) == steps:
             print("      already done")
             continue
-        run(*torchrun, ROOT / "pretrain.py", config, *places, processes=PROCESSES)
+        run(*torchrun, os.path.relpath(ROOT / "pretrain.py"), config, *places, processes=PROCESSES)
         if newest_step(run_dir) != steps:
             raise StageFailed(f"training stopped before step {steps}: run the same command again")
 
@@ -186,9 +189,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="your own texts instead of the standard library: a file or a folder (.txt, .md, .py, "
         ".jsonl, .jsonl.gz, .jsonl.zst); also the environment variable CORPUS",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="runs/demo"
-    )
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help="[runs/demo]")
     return parser.parse_args(arguments)
 
 
