@@ -15,6 +15,7 @@ import zstandard
 from data_tools import indexed
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from data_tools.tokenizer_training import train_tokenizer
+from data_tools.twin import write_twin
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -47,74 +48,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def huggingface(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same vocabulary as a Hugging Face folder, the way LLaMA's is converted."""
     folder = tmp_path_factory.mktemp("huggingface")
-    convert(model, folder)
+    write_twin(model, folder)
     return str(folder)
-
-
-def convert(model: str, folder: Path) -> None:
-    """A tokenizer.json from a sentencepiece BPE model: merges are all pairs of pieces, by score."""
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_file=model)
-    vocabulary = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
-    normal = {
-        piece: processor.get_score(i)
-        for piece, i in vocabulary.items()
-        if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
-    }
-    merges = []
-    for piece, score in normal.items():
-        for cut in range(1, len(piece)):
-            if piece[:cut] in normal and piece[cut:] in normal:
-                merges.append((-score, vocabulary[piece[:cut]], piece[:cut], piece[cut:]))
-    merges.sort()
-    control = [(0, "<unk>"), (1, "<s>"), (2, "</s>")]
-    spec = {
-        "version": "1.0",
-        "truncation": {
-            "direction": "Right",
-            "max_length": 9,
-            "strategy": "LongestFirst",
-            "stride": 0,
-        },
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": number,
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for number, token in control
-        ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "\u2581"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": None,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": [[left, right] for _, _, left, right in merges],
-        },
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
 
 
 @pytest.fixture
