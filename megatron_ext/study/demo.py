@@ -12,6 +12,7 @@ was interrupted.
 """
 
 import argparse
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -22,6 +23,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from megatron_ext.checkpoint.manifest import find_checkpoints, step_of
 from megatron_ext.config import load_config
@@ -152,20 +155,27 @@ def run(*command: object, processes: int = 1) -> None:
     try:
         code = child.wait()
     except BaseException:
-        end(child)
+        end(child, processes)
         raise
     if code:
         raise StageFailed(f"`{shlex.join(shown)}` ended with exit code {code}; see above")
 
 
-def end(child: subprocess.Popen) -> None:
+def end(child: subprocess.Popen, processes: int) -> None:
     """End a command and all its processes, politely first."""
+    # torchrun takes a signal for a failure; its ranks save, end well, and then so does torchrun.
+    ranks: list[psutil.Process] = []
+    if processes > 1:
+        ranks = psutil.Process(child.pid).children()
     try:
-        child.terminate()
+        for process in ranks or [child]:
+            process.terminate()
         child.wait(_SECONDS_TO_SAVE)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):  # or Ctrl-C a second time
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        pass
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # whatever is left of its group
+    child.wait()
 
 
 def end_with_parent() -> None:
