@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_ext.config import Config, load_config, validate
 from megatron_ext.data.corpora import check_corpora, epochs, fingerprint_of
 from megatron_ext.errors import UserError
+from megatron_ext.training.watch import StopSignals
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
             report = preflight(config, options.world_size or config.parallel.world_size)
             print(report.json() if options.json else report.text())
             return 0 if report.ok else 2
-        return pretrain(config)
+        with StopSignals() as signals:
+            return pretrain(config, signals)
     except UserError as error:
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):
             # Rank 0 speaks, and its end makes the launcher end us; unless we alone are in trouble.
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def pretrain(config: Config) -> int:
+def pretrain(config: Config, signals: StopSignals) -> int:
     """Config -> world -> data, model, optimizer -> restore -> train."""
     check_corpora(config)
     check_machine(config)
@@ -58,10 +60,9 @@ def pretrain(config: Config) -> int:
     from megatron_ext.training import journal
     from megatron_ext.training.loop import train
     from megatron_ext.training.optimizer import build_optimizer
-    from megatron_ext.training.watch import StopSignals
     from megatron_ext.world import world
 
-    with StopSignals() as signals, world(config) as here:
+    with world(config) as here:
         log = start_logging(here.is_main)
         for warning in validate(config, here.size):
             log.warning(warning)
@@ -83,6 +84,7 @@ def pretrain(config: Config) -> int:
         layout = blend.Layout(
             parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         )
+        signals.hold()
         done = train(config, here, model, optimizer, data, layout, record, done_steps, signals)
         if done < config.training.steps:
             log.info(
