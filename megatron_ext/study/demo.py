@@ -164,11 +164,10 @@ def run(*command: object, processes: int = 1) -> None:
 def end(child: subprocess.Popen, processes: int) -> None:
     """End a command and all its processes, politely first."""
     # torchrun takes a signal for a failure; its ranks save, end well, and then so does torchrun.
-    ranks: list[psutil.Process] = []
-    if processes > 1:
-        ranks = psutil.Process(child.pid).children()
+    leader = psutil.Process(child.pid)
+    ranks = leader.children() if processes > 1 else []
     try:
-        for process in ranks or [child]:
+        for process in ranks or [leader]:
             process.terminate()
         child.wait(_SECONDS_TO_SAVE)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):  # or Ctrl-C a second time
