@@ -18,6 +18,7 @@ import time
 import warnings
 from pathlib import Path
 
+from megatron_ext.checkpoint.manifest import MANIFEST, find_checkpoints
 from megatron_ext.config import Config, load_config, validate
 from megatron_ext.data.corpora import check_corpora, epochs, fingerprint_of
 from megatron_ext.errors import UserError
@@ -105,6 +106,13 @@ def check_machine(config: Config) -> None:
             f"training.run_dir={run_dir} cannot be written: {there} is "
             f"{'not writable' if there.is_dir() else 'no folder'}; choose another training.run_dir"
         )
+    source = config.training.init_from
+    if source and not find_checkpoints(run_dir):
+        if not (source / MANIFEST).is_file() and not find_checkpoints(source):
+            raise UserError(
+                f"training.init_from={source} is neither a checkpoint nor a run folder that holds "
+                "one: train it first, or name runs/NAME or runs/NAME/checkpoints/step_N"
+            )
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             "logging.tensorboard=true needs the package tensorboard: "
