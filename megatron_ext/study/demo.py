@@ -142,7 +142,9 @@ def run(*command: object, processes: int = 1) -> None:
     words = [str(word) for word in command]
     shown = ["python", *words[1:]] if words[0] == sys.executable else words
     print(f"      $ {shlex.join(shown)}", flush=True)
-    threads = max(1, min(8, (os.cpu_count() or 1) // processes))
+    # More than two threads a process do nothing for so small a model, and harm where a container
+    # may use fewer cores than it sees.
+    threads = max(1, min(2, (os.cpu_count() or 1) // processes))
     child = subprocess.Popen(
         words,
         cwd=ROOT,
