@@ -107,12 +107,12 @@ def check_machine(config: Config) -> None:
             f"{'not writable' if there.is_dir() else 'no folder'}; choose another training.run_dir"
         )
     source = config.training.init_from
-    if source and not find_checkpoints(run_dir):
-        if not (source / MANIFEST).is_file() and not find_checkpoints(source):
-            raise UserError(
-                f"training.init_from={source} is neither a checkpoint nor a run folder that holds "
-                "one: train it first, or name runs/NAME or runs/NAME/checkpoints/step_N"
-            )
+    beginning = source is not None and not find_checkpoints(run_dir)
+    if beginning and not (source / MANIFEST).is_file() and not find_checkpoints(source):
+        raise UserError(
+            f"training.init_from={source} is neither a checkpoint nor a run folder that holds "
+            "one: train it first, or name runs/NAME or runs/NAME/checkpoints/step_N"
+        )
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             "logging.tensorboard=true needs the package tensorboard: "
