@@ -31,7 +31,8 @@ def cache_folder(name: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
-        return Path(tempfile.gettempdir()) / f"megatron-ext-{os.getuid()}" / name
+        # Compiled code is loaded from here: never from a place that others can foresee and fill.
+        return Path(tempfile.mkdtemp(prefix=f"megatron-ext-{name}-"))
 
 
 def fsync_folder(folder: Path) -> None:
