@@ -170,8 +170,9 @@ def slowdown(rows: Measured, using: Constants) -> Any:
     shape = ("num_layers", "hidden", "seq_len", "vocab", "gpus", "global_batch")
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in np.flatnonzero(chosen):
-        key = (work.source_id[i], work.gpu_name[i], work.precision[i])
-        groups.setdefault((*key, *(getattr(work, name)[i] for name in shape)), []).append(i)
+        key: tuple[Any, ...] = (work.source_id[i], work.gpu_name[i], work.precision[i])
+        key = (*key, *(getattr(work, name)[i] for name in shape))
+        groups.setdefault(key, []).append(int(i))
     several = [np.array(members) for members in groups.values() if len(members) > 1]
     return np.array(
         [rows.seconds[m][predicted[m].argmin()] / rows.seconds[m].min() - 1 for m in several]

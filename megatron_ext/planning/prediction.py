@@ -28,8 +28,8 @@ from megatron_ext.planning.workload import Column, Names, Workloads
 class Constants:
     """Everything that was fitted."""
 
-    time: TimeConstants = TimeConstants()
-    memory: MemoryConstants = MemoryConstants()
+    time: TimeConstants = field(default_factory=TimeConstants)
+    memory: MemoryConstants = field(default_factory=MemoryConstants)
     source_time: Mapping[str, float] = field(default_factory=dict)
     """Measured over predicted step time, by source."""
     source_memory: Mapping[str, float] = field(default_factory=dict)

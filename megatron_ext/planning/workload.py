@@ -104,9 +104,11 @@ class Workloads:
 
     def where(self, chosen: Any) -> Workloads:
         """The rows of a mask or index."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        columns: dict[str, Any] = {
+            f.name: getattr(self, f.name)[chosen] for f in fields(self) if f.name != "gpu"
+        }
         gpu = Gpus(**{f.name: getattr(self.gpu, f.name)[chosen] for f in fields(Gpus)})
-        return Workloads(**{k: gpu if k == "gpu" else v[chosen] for k, v in kept.items()})
+        return Workloads(gpu=gpu, **columns)
 
 
 TEXT = (
@@ -117,8 +119,9 @@ COLUMNS = tuple(
 )
 # What a row may leave empty, and what that means.
 DEFAULTS = {
-    "source_id": "", "model": "", "framework": "", "mem_kind": "", "gated": 1, "tied": 0, "tp": 1, "pp": 1, "vpp_chunks": 1,
-    "cp": 1, "seq_parallel": 0, "zero_stage": 1, "recompute": "none", "flash_attn": 1,
+    "source_id": "", "model": "", "framework": "", "mem_kind": "", "gated": 1,
+    "tied": 0, "tp": 1, "pp": 1, "vpp_chunks": 1, "cp": 1, "seq_parallel": 0, "zero_stage": 1,
+    "recompute": "none", "flash_attn": 1,
     "precision": "bf16",
 }  # fmt: skip
 
