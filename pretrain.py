@@ -10,6 +10,7 @@ checkpoint and end with exit code 0. Exit code 2 means a mistake in the command 
 """
 
 import argparse
+import importlib.util
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ import warnings
 from pathlib import Path
 
 from megatron_ext.config import Config, load_config, validate
+from megatron_ext.data.corpora import check_corpora, epochs, fingerprint_of
 from megatron_ext.errors import UserError
 
 
@@ -42,7 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def pretrain(config: Config) -> int:
     """Config -> world -> data, model, optimizer -> restore -> train."""
-    # Torch and Megatron-Core take seconds to import: only after the config has been checked.
+    check_corpora(config)
+    check_machine(config)
+
+    # Torch and Megatron-Core take seconds to import: only after everything cheap was checked.
     # Which kernels are used stands in our own log; Megatron-Core would warn six times.
     warnings.filterwarnings("ignore", module="megatron|torch.distributed")
     from megatron.core import parallel_state
@@ -60,22 +65,20 @@ def pretrain(config: Config) -> int:
         log = start_logging(here.is_main)
         for warning in validate(config, here.size):
             log.warning(warning)
-        blend.check_corpora(config)
-        fingerprint = blend.fingerprint(config)
-        journal.describe_run(config, here, fingerprint)
+        for name, times in epochs(config).items():
+            log.info("data: %s is read %.3g times", name, times)
         data = blend.build_datasets(config)
         model = build_model(config)
         optimizer = build_optimizer(model, config)
 
-        record = {"config": config.model_dump(mode="json"), "data": fingerprint}
-        state = sharded.restore(config.training.run_dir, model, optimizer)
-        if state is not None:
-            log.info("resuming after step %d", state["step"])
-            blend.check_same_data(state["data"], fingerprint)
+        record = {"config": config.model_dump(mode="json"), "data": fingerprint_of(config)}
+        done_steps = sharded.restore(config.training.run_dir, model, optimizer, record)
+        if done_steps:
+            log.info("resuming after step %d", done_steps)
         elif config.training.init_from is not None:
             source = sharded.load_weights(config.training.init_from, model, optimizer)
             log.info("weights from %s", source)
-        done_steps = state["step"] if state else 0
+        journal.describe_run(config, here, record["data"])
 
         layout = blend.Layout(
             parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -89,6 +92,22 @@ def pretrain(config: Config) -> int:
         else:
             log.info("finished: %d steps in %s", done, config.training.run_dir)
     return 0
+
+
+def check_machine(config: Config) -> None:
+    """Raise UserError for what would fail only after the model was built."""
+    run_dir = config.training.run_dir
+    there = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"training.run_dir={run_dir} cannot be written: {there} is "
+            f"{'not writable' if there.is_dir() else 'no folder'}; choose another training.run_dir"
+        )
+    if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "logging.tensorboard=true needs the package tensorboard: "
+            "pip install 'megatron-ext[track]', or set logging.tensorboard=false"
+        )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -26,9 +26,27 @@ from data_tools.files import atomic_write
 from data_tools.lines import read_lines
 
 PROSE = {".txt", ".md", ".rst", ".html", ".tex", ".adoc"}
-CODE = {".py", ".pyi", ".h", ".hpp", ".c", ".cc", ".cpp", ".cu", ".cuh", ".js", ".css", ".ts", ".sh"}
+CODE = {
+    ".py",
+    ".pyi",
+    ".h",
+    ".hpp",
+    ".c",
+    ".cc",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    ".js",
+    ".css",
+    ".ts",
+    ".sh",
+}
 DATA = {".json", ".xml", ".yaml", ".yml", ".toml", ".csv"}
-LARGEST = {**dict.fromkeys(PROSE, 8 << 20), **dict.fromkeys(CODE, 2 << 20), **dict.fromkeys(DATA, 1 << 18)}
+LARGEST = {
+    **dict.fromkeys(PROSE, 8 << 20),
+    **dict.fromkeys(CODE, 2 << 20),
+    **dict.fromkeys(DATA, 1 << 18),
+}
 
 
 def also(paths: list[Path]) -> Iterator[tuple[str, str]]:
@@ -37,7 +55,11 @@ def also(paths: list[Path]) -> Iterator[tuple[str, str]]:
         files = sorted(root.rglob("*")) if root.is_dir() else [root]
         for file in files:
             if file.name.endswith((".txt", ".txt.gz")):
-                data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+                data = (
+                    gzip.decompress(file.read_bytes())
+                    if file.suffix == ".gz"
+                    else file.read_bytes()
+                )
                 yield "book", data.decode("utf-8", "replace")
             elif ".jsonl" in file.name:
                 source = find_sources([str(file)])[0]
@@ -49,7 +71,11 @@ def also(paths: list[Path]) -> Iterator[tuple[str, str]]:
 
 def machine() -> Iterator[tuple[str, str]]:
     """Text files of the interpreter, its packages and the system, in a fixed order."""
-    roots = {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    roots = {
+        sysconfig.get_path("stdlib"),
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+    }
     folders = [*sorted(roots), "/usr/share/doc", "/usr/include", "/usr/lib", "/usr/share"]
     for folder in folders:
         for file in sorted(Path(folder).rglob("*")):
@@ -64,7 +90,9 @@ def machine() -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--megabytes", type=float, default=200)
     parser.add_argument("--also", type=Path, nargs="*", default=[])

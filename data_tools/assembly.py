@@ -3,8 +3,8 @@
     assembler = Assembler(work_folder, ...)      # goes on from the saved state, if there is one
     assembler.append(result)                     # parts in order; commits every few seconds
 
-State and files agree at every moment: files are fsynced, then the state is replaced atomically, then
-the part files it covers are removed. What lies beyond the state is cut off on the next start.
+State and files agree at every moment: files are fsynced, then the state is replaced atomically,
+then the part files it covers are removed. What lies beyond the state is cut off on the next start.
 """
 
 from __future__ import annotations

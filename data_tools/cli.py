@@ -30,7 +30,8 @@ EXAMPLES = {
     "verify": "example:\n  data-tools verify tokens/arxiv",
     "inspect": "example:\n  data-tools inspect tokens/arxiv",
     "lengths": "example:\n  data-tools lengths tokens/arxiv --contexts 4096,32768",
-    "peek": "examples:\n  data-tools peek tokens/arxiv 0 -1\n  data-tools peek tokens/arxiv --sample 3",
+    "peek": "examples:\n  data-tools peek tokens/arxiv 0 -1\n  data-tools peek tokens/arxiv "
+    "--sample 3",
     "split": "example:\n  data-tools split tokens/all --shares train=0.98,valid=0.01,test=0.01",
     "download": """example:
   data-tools download urls.txt --output data/ --checksums arxiv_SHA256SUMS.txt""",

@@ -196,7 +196,8 @@ def run_dedup(given: Namespace) -> None:
     _show(
         given,
         found,
-        f"{given.report}: {found['duplicates']:,} of {found['documents']:,} documents are duplicates "
+        f"{given.report}: {found['duplicates']:,} of {found['documents']:,} documents are "
+        "duplicates "
         f"({found['exact']:,} exact, {found['near']:,} near), {share:.1%} of the text"
         + (f"; {given.output} holds the rest" if found["removed"] else "; nothing was removed"),
     )

@@ -47,9 +47,14 @@ _IN_FOLDERS = re.compile(
 )
 # RedPajama's slices as they appear in paths; the first match in the path wins.
 _SLICES = {
-    "common_crawl": r"common_?crawl|cc", "c4": "c4", "github": "github", "arxiv": "arxiv",
-    "book": "books?|pg19|gutenberg", "wikipedia": "wikipedia|wiki", "stackexchange": "stack_?exchange",
-}  # fmt: skip
+    "common_crawl": r"common_?crawl|cc",
+    "c4": "c4",
+    "github": "github",
+    "arxiv": "arxiv",
+    "book": "books?|pg19|gutenberg",
+    "wikipedia": "wikipedia|wiki",
+    "stackexchange": "stack_?exchange",
+}
 _SLICE = re.compile(
     "|".join(f"(?P<{name}>(?<![a-z0-9])(?:{words})(?![a-z0-9]))" for name, words in _SLICES.items())
 )
@@ -82,11 +87,12 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
         elif os.path.isdir(text):
             found = sorted(
                 str(p) for p in Path(text).rglob("*")
-                if p.is_file() and _IN_FOLDERS.search(p.name) and not p.name.startswith(".")
+                if _IN_FOLDERS.search(p.name) and not _is_ours(p.relative_to(text)) and p.is_file()
             )  # fmt: skip
             if not found:
                 raise UserError(
-                    f"folder {text} holds no .jsonl, .json or .parquet file (plain, .gz, .zst, .bz2, .xz): "
+                    f"folder {text} holds no .jsonl, .json or .parquet file (plain, .gz, .zst, "
+                    ".bz2, .xz): "
                     "name one that does"
                 )
             names += found
@@ -96,7 +102,8 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             found = sorted(p for p in glob.glob(text, recursive=True) if os.path.isfile(p))
             if not found:
                 raise UserError(
-                    f"input {text} matches no file: name a file, a folder, a glob or - for standard input"
+                    f"input {text} matches no file: name a file, a folder, a glob or - for "
+                    "standard input"
                 )
             names += found
     if not names:
@@ -110,6 +117,12 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             )
         seen[real] = name
     return [describe(name) for name in names]
+
+
+def _is_ours(path: Path) -> bool:
+    """Hidden files, and what these tools write beside their outputs."""
+    ours = path.name.endswith((".receipt.json", ".rejected.jsonl"))
+    return ours or path.name.startswith(".") or any(p.endswith(".work") for p in path.parts)
 
 
 def describe(path: str) -> Source:
@@ -147,7 +160,8 @@ def slice_of_path(path: str) -> str:
     v2 = _V2_SLICE.search(text.rsplit("/", 1)[-1])
     if v2 and "/documents/" in text:
         return f"v2_{v2[1]}_{v2[2]}"
-    # The file's own name says more than the folders above it, the nearest folder more than the root.
+    # The file's own name says more than the folders above it, the nearest folder more than the
+    # root.
     for part in reversed(text.split("/")):
         match = _SLICE.search(re.sub(r"[_\-]+like", " like", part).replace("-", " "))
         if match is None:
@@ -171,7 +185,9 @@ def slice_of_document(document: dict) -> str | None:
 
 
 def open_stream(source: Source, raw: BinaryIO) -> BinaryIO:
-    """The decompressed bytes of the open file `raw`. Reading may raise what `archive_errors` lists."""
+    """The decompressed bytes of the open file `raw`. Reading may raise what `archive_errors`
+    lists.
+    """
     if source.compression == "gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
     if source.compression == "bz2":
@@ -240,7 +256,8 @@ def check_zstd_is_whole(path: str) -> None:
             start = position
             magic = struct.unpack("<I", take(4))[0]
             if 0x184D2A50 <= magic <= 0x184D2A5F:
-                position += struct.unpack("<I", take(4))[0]
+                content = struct.unpack("<I", take(4))[0]
+                position += content
             elif magic == 0xFD2FB528:
                 flags = take(1)[0]
                 single = flags >> 5 & 1

@@ -174,13 +174,16 @@ def _targets(sources: Sequence[Source], folder: Path) -> list[Path]:
         t.resolve() in {p.resolve() for p in paths} for t in targets
     ):
         raise UserError(
-            f"--output {folder} would overwrite an input, or two inputs of one name: choose another folder"
+            f"--output {folder} would overwrite an input, or two inputs of one name: choose "
+            "another folder"
         )
     return targets
 
 
 def _filter(source: Source, number: int, doomed: set[int], target: Path) -> None:
-    """Copy a source line by line without the doomed ones; bad lines stay for `tokenize` to report."""
+    """Copy a source line by line without the doomed ones; bad lines stay for `tokenize` to
+    report.
+    """
     with atomic_write(target) as stream:
         for line in read_lines(source):
             if line.size > MAX_LINE_BYTES:

@@ -44,7 +44,9 @@ class Document(NamedTuple):
 
 
 def parse_line(line: bytes, text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS) -> Document:
-    """A document, or the reason of its rejection; the first of `text_keys` that is present counts."""
+    """A document, or the reason of its rejection; the first of `text_keys` that is present
+    counts.
+    """
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:

@@ -122,8 +122,8 @@ def download(
             progress.update(done, done, 0, size)
     if failures:
         raise Failure(
-            f"{len(failures)} of {len(items)} files could not be fetched (the same command goes on): "
-            + "; ".join(failures[:5])
+            f"{len(failures)} of {len(items)} files could not be fetched (the same command goes "
+            "on): " + "; ".join(failures[:5])
         )
     return {
         "files": len(items),

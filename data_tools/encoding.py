@@ -1,4 +1,4 @@
-"""Many documents to exact token ids: by the compiled kernel where that is proved, else by the library.
+"""Many documents to exact token ids: by the compiled kernel where proved, else by the library.
 
     encoder = make_encoder(tokenizer)
     ids, lengths = encoder.encode([b"text", ...], before=-1, after=eod)
@@ -51,7 +51,8 @@ def make_encoder(tokenizer: Tokenizer, fast: bool = True) -> Encoder:
     except ImportError:
         return LibraryEncoder(
             tokenizer,
-            "numba is not installed, so ids come from the tokenizer's own library, some 20 times slower: "
+            "numba is not installed, so ids come from the tokenizer's own library, some 20 times "
+            "slower: "
             "pip install 'megatron-ext[data]'",
         )
     encoder = KernelEncoder(Kernel(tables), tables.prefix)
@@ -134,7 +135,8 @@ def audit(
         found = ids[start + head : int(ends[i]) - tail]
         if not np.array_equal(found, tokenizer.encode(text.decode())):
             raise Failure(
-                f"the fast path and {tokenizer.path} give different ids for the document that begins "
+                f"the fast path and {tokenizer.path} give different ids for the document that "
+                "begins "
                 f"{text[:40]!r}: run again with --no-fast and report it"
             )
 
@@ -143,11 +145,17 @@ def probe_texts() -> list[str]:
     """What has broken tokenizers before, and seeded random text over many alphabets."""
     rng = random.Random(0)
     alphabets = [
-        "abcdefghijklmnopqrstuvwxyz     ,.\n", "ETAOINSHRDLU etaoinshrdlu''\"-;:!?()\n",
-        "0123456789+-*/=<>{}[]();:_ \t\n    ", "àéîõüßøåčřžñ ¿¡«»€ ", "абвгдежзийклмно ",
-        "中文字符混排测试，。 日本語テキストかなカナ 한국어", "🙂👩\u200d👩\u200d👧🏽🇫🇷✈️\u0301\u0308", "\x00\x01\x07\x0b\x0c\x1b\x7f\x85\xa0\u2028\ufeff\ufffd",
-        "\u2581 \u2581a ", "\U0010ffff\ud7ff\ue000\U00010000",
-    ]  # fmt: skip
+        "abcdefghijklmnopqrstuvwxyz     ,.\n",
+        "ETAOINSHRDLU etaoinshrdlu''\"-;:!?()\n",
+        "0123456789+-*/=<>{}[]();:_ \t\n    ",
+        "àéîõüßøåčřžñ ¿¡«»€ ",
+        "абвгдежзийклмно ",
+        "中文字符混排测试，。 日本語テキストかなカナ 한국어",
+        "🙂👩\u200d👩\u200d👧🏽🇫🇷✈️\u0301\u0308",
+        "\x00\x01\x07\x0b\x0c\x1b\x7f\x85\xa0\u2028\ufeff\ufffd",
+        "\u2581 \u2581a ",
+        "\U0010ffff\ud7ff\ue000\U00010000",
+    ]
     texts = [
         " ", "  ", "\n", "\t", "a", " a", "a ", "\u2581", " \u2581", "\x00", "<s>", "</s>", "<unk>",
         "<0x0A>", "<s></s> <unk><pad>", "a</s>b", " " * 300, "\n" * 300, "=" * 300, "a" * 500,

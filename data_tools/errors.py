@@ -8,7 +8,9 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """What was asked cannot be done as asked: one sentence with value, rule and fix. Exit code 2."""
+    """What was asked cannot be done as asked: one sentence with value, rule and fix. Exit code
+    2.
+    """
 
     exit_code = 2
 

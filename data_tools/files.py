@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, fsynced, renamed; and their checksums.
+"""Files that are whole or absent (temporary name, fsync, rename), and their checksums.
 
     with atomic_write(path) as stream: stream.write(b"...")
     write_json(path, {"a": 1})

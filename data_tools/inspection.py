@@ -1,7 +1,7 @@
 """Look into a .bin/.idx pair: counts, lengths, documents.
 
     summary("corpus")                     # documents, tokens, percentiles, histogram, slices
-    context_lengths("corpus")             # what share of tokens lies in documents longer than 4k ...
+    context_lengths("corpus")             # share of tokens in documents longer than 4k, 8k ...
     peek("corpus", documents=[0, 7])      # decoded text
 
 Refuses a tokenizer whose hash is not the one in the receipt.
@@ -35,7 +35,9 @@ def document_lengths(index: Index) -> np.ndarray:
 
 
 def summary(prefix: str | os.PathLike[str]) -> dict[str, Any]:
-    """Counts, percentiles of length in tokens, histogram by powers of two, slices of the receipt."""
+    """Counts, percentiles of length in tokens, histogram by powers of two, slices of the
+    receipt.
+    """
     index = indexed.read_index(prefix)
     lengths = document_lengths(index)
     receipt = read_receipt(prefix)
@@ -72,7 +74,8 @@ def show_summary(found: dict[str, Any]) -> str:
     if found["tokenizer"]:
         kind = found["tokenizer"]
         lines.append(
-            f"  tokenizer: {kind['path']} ({kind['vocab_size']:,} ids, EOD {kind['eod_id']}) {kind['hash'][:23]}"
+            f"  tokenizer: {kind['path']} ({kind['vocab_size']:,} ids, EOD {kind['eod_id']}) "
+            f"{kind['hash'][:23]}"
         )
     for name, counts in (found["slices"] or {}).items():
         lines.append(
@@ -143,7 +146,8 @@ def peek(
     loaded = load_tokenizer(path)
     if receipt and receipt["tokenizer"] and loaded.hash != receipt["tokenizer"]["hash"]:
         raise UserError(
-            f"tokenizer {path} is not the one that made {prefix} ({receipt['tokenizer']['hash'][:23]}): "
+            f"tokenizer {path} is not the one that made {prefix} "
+            f"({receipt['tokenizer']['hash'][:23]}): "
             "give that one with --tokenizer"
         )
     numbers = [k + index.documents if k < 0 else k for k in documents]

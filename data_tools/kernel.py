@@ -132,7 +132,9 @@ def _symbols_of(text, start, end, characters, symbols, widths):
 
 @numba.njit(nogil=True, cache=True)
 def _merge_short(symbols, widths, count, keys, values, shift, ranks):
-    """Merge in place by scanning for the best pair; quickest for a word. Returns how many are left."""
+    """Merge in place by scanning for the best pair; quickest for a word. Returns how many are
+    left.
+    """
     for i in range(count - 1):
         ranks[i] = _find_pair(keys, values, shift, symbols[i], symbols[i + 1])
     while count > 1:

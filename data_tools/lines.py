@@ -23,7 +23,9 @@ class Line(NamedTuple):
 
 
 def read_lines(source: Source, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """All lines of a source; one that is longer than `max_line_bytes` has data b"" and its true size."""
+    """All lines of a source; one that is longer than `max_line_bytes` has data b"" and its
+    true size.
+    """
     return split_lines(read_blocks(source), max_line_bytes)
 
 

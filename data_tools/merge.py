@@ -96,7 +96,8 @@ def find_prefixes(inputs: Sequence[str]) -> list[str]:
         )
         if not matches:
             raise UserError(
-                f"{text} is no .bin/.idx pair and matches none: name prefixes or a glob of .idx files"
+                f"{text} is no .bin/.idx pair and matches none: name prefixes or a glob of .idx "
+                "files"
             )
         found += matches
     found = [re.sub(r"\.(bin|idx)$", "", name) for name in found]
@@ -116,7 +117,8 @@ def _refuse_mixtures(pairs: Sequence[Pair]) -> None:
     for name, other, _ in pairs:
         if other.dtype != index.dtype:
             raise UserError(
-                f"{name} holds {other.dtype}, {first} holds {index.dtype}: encode both with one tokenizer"
+                f"{name} holds {other.dtype}, {first} holds {index.dtype}: encode both with one "
+                "tokenizer"
             )
         if other.documents != len(other.lengths):
             raise UserError(
@@ -133,7 +135,8 @@ def _refuse_mixtures(pairs: Sequence[Pair]) -> None:
         for key in keys:
             if receipt["tokenizer"].get(key) != other_receipt["tokenizer"].get(key):
                 raise UserError(
-                    f"{name} and {first} differ in the tokenizer's {key}: encode both with the same tokenizer"
+                    f"{name} and {first} differ in the tokenizer's {key}: encode both with the "
+                    "same tokenizer"
                 )
         for option in ("append_eod", "prepend_bos"):
             if receipt["options"].get(option) != other_receipt["options"].get(option):
@@ -150,7 +153,8 @@ def _refuse_missing_tasks(pairs: Sequence[Pair]) -> None:
         return
     if len(counts) > 1 or len(tasks) != len(pairs) or any(n == 1 for _, n in tasks):
         raise UserError(
-            "some inputs are tasks of one `tokenize --task` run and others are not: merge each run alone first"
+            "some inputs are tasks of one `tokenize --task` run and others are not: merge each "
+            "run alone first"
         )
     (count,) = counts
     numbers = [i for i, _ in tasks]
@@ -159,7 +163,8 @@ def _refuse_missing_tasks(pairs: Sequence[Pair]) -> None:
         raise UserError(f"task {missing[0]}/{count} is missing: run it, then merge all {count}")
     if numbers != list(range(count)):
         raise UserError(
-            f"the tasks are given in the order {numbers}: give them from 0/{count} to {count - 1}/{count}"
+            f"the tasks are given in the order {numbers}: give them from 0/{count} to "
+            f"{count - 1}/{count}"
         )
     options = [{**receipt["options"], "task": 0} for _, _, receipt in pairs if receipt]
     if any(other != options[0] for other in options):
@@ -193,7 +198,8 @@ def _copy(
                 index.pointers[first : first + CHUNK], expected + starts * item
             ):
                 raise Failure(
-                    f"{name}.idx is damaged or has gaps from document {first:,} on: see `data-tools verify`"
+                    f"{name}.idx is damaged or has gaps from document {first:,} on: see "
+                    "`data-tools verify`"
                 )
             size = int(lengths.sum(dtype=np.int64)) * item
             writer.append(blocks(size), lengths)

@@ -39,18 +39,21 @@ class Options:
             )
         if not 1 << 10 <= self.max_line_bytes <= 1 << 30:
             raise UserError(
-                f"--max-line-bytes {self.max_line_bytes} is outside 1 KiB to 1 GiB: longer lines cannot be "
+                f"--max-line-bytes {self.max_line_bytes} is outside 1 KiB to 1 GiB: longer lines "
+                "cannot be "
                 "held in memory, shorter ones are no documents"
             )
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise UserError(f"--seed {self.seed} is not in 0 .. 2^63 - 1: choose one that is")
         if not 0 <= self.task[0] < self.task[1]:
             raise UserError(
-                f"--task {self.task[0]}/{self.task[1]} is no share: tasks of n are numbered 0/n to n-1/n"
+                f"--task {self.task[0]}/{self.task[1]} is no share: tasks of n are numbered 0/n "
+                "to n-1/n"
             )
         if self.task[1] > 1 and (self.seed is not None or self.shard_tokens):
             raise UserError(
-                "--task does not go with --seed or --shard-tokens: give those to `merge` of the tasks"
+                "--task does not go with --seed or --shard-tokens: give those to `merge` of the "
+                "tasks"
             )
         if not self.text_keys or not all(self.text_keys):
             raise UserError("--text-key is empty: name the key that holds the text")

@@ -10,6 +10,7 @@ cut off, so a killed writer goes on exactly there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -238,27 +239,23 @@ def shuffled(source: PairWriter, folder: Path, seed: int, shard_tokens: int) -> 
     """
     ids, lengths = source.read()
     item = source.dtype.itemsize
-    buckets = int(min(512, max(1, len(ids) * item >> 28)))
+    buckets = int(min(200, max(1, len(ids) * item >> 28)))  # two open files each
     rng = np.random.Generator(np.random.Philox(seed))
     folder.mkdir(parents=True, exist_ok=True)
-    streams = [
-        (open(folder / f"{b}.bin", "wb"), open(folder / f"{b}.lengths", "wb"))
-        for b in range(buckets)
-    ]
-    position = 0
-    for first in range(0, len(lengths), 1 << 16):
-        chunk = lengths[first : first + (1 << 16)]
-        choice = rng.integers(0, buckets, size=len(chunk))
-        for length, bucket in zip(chunk.tolist(), choice.tolist(), strict=True):
-            streams[bucket][0].write(ids[position : position + length].data)
-            position += length
-        for bucket in range(buckets):
-            streams[bucket][1].write(chunk[choice == bucket].tobytes())
+    names = [(folder / f"{b}.bin", folder / f"{b}.lengths") for b in range(buckets)]
+    with contextlib.ExitStack() as stack:
+        streams = [[stack.enter_context(open(name, "wb")) for name in pair] for pair in names]
+        position = 0
+        for first in range(0, len(lengths), 1 << 16):
+            chunk = lengths[first : first + (1 << 16)]
+            choice = rng.integers(0, buckets, size=len(chunk))
+            for length, bucket in zip(chunk.tolist(), choice.tolist(), strict=True):
+                streams[bucket][0].write(ids[position : position + length].data)
+                position += length
+            for bucket in range(buckets):
+                streams[bucket][1].write(chunk[choice == bucket].tobytes())
     writer = PairWriter(folder / "out", source.dtype, shard_tokens)
-    for bucket, (bin_stream, length_stream) in enumerate(streams):
-        bin_stream.close()
-        length_stream.close()
-        bin_path, length_path = folder / f"{bucket}.bin", folder / f"{bucket}.lengths"
+    for bin_path, length_path in names:
         sizes = np.fromfile(length_path, dtype=np.int32)
         if len(sizes):
             tokens = np.memmap(bin_path, source.dtype, "r")

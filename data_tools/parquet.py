@@ -2,7 +2,7 @@
 
     for line in read_rows(source, ("text",), max_line_bytes): ...
 
-Line numbers are row numbers from 1; the offset is 0, rows have none. Needs pyarrow (the `data` extra).
+Line numbers are row numbers from 1; the offset is 0, rows have none. Needs pyarrow (extra `data`).
 """
 
 from __future__ import annotations

@@ -41,7 +41,9 @@ COUNTED = ("documents", "characters", "bytes", "tokens")
 
 @dataclass(frozen=True)
 class Part:
-    """Lines that begin in bytes [start, end) of a source; `spool` holds them if it is compressed."""
+    """Lines that begin in bytes [start, end) of a source; `spool` holds them if it is
+    compressed.
+    """
 
     source: int  # number of the source
     number: int  # of the part within the source

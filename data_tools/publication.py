@@ -2,7 +2,7 @@
 
     with work_folder(prefix, wanted, overwrite) as folder:     # PREFIX.work/, locked
         ...                                                    # may be killed anywhere
-        write_json(folder / "publish.json", receipt)           # from here on it only has to be moved
+        write_json(folder / "publish.json", receipt)  # now it only has to be moved
         publish_all(folder, prefix)
 
 Refuses two commands on one PREFIX, and work in progress on something else.
@@ -45,7 +45,8 @@ def finished(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> dict[str,
         return {**known, "reused": True}
     if not overwrite:
         raise UserError(
-            f"{prefix} exists and was made from other inputs, options or another tokenizer, or is damaged: "
+            f"{prefix} exists and was made from other inputs, options or another tokenizer, or "
+            "is damaged: "
             "choose another --output, or write --overwrite to replace it"
         )
     return None
@@ -99,7 +100,8 @@ def work_folder(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> Iterat
         unrepeatable = any(entry["path"] == "-" for entry in wanted["inputs"])
         if known is not None and known != wanted and not overwrite:
             raise UserError(
-                f"{folder} holds unfinished work on other inputs, options or another tokenizer: choose "
+                f"{folder} holds unfinished work on other inputs, options or another tokenizer: "
+                "choose "
                 "another --output, or write --overwrite to discard it"
             )
         if known != wanted or unrepeatable:
@@ -136,7 +138,9 @@ def publish_all(folder: Path, prefix: Path) -> dict[str, Any]:
 
 
 def _shard_receipt(receipt: dict[str, Any], pair: dict[str, Any]) -> dict[str, Any]:
-    """A shard can be loaded, verified and merged alone; slices are counted for all shards together."""
+    """A shard can be loaded, verified and merged alone; slices are counted for all shards
+    together.
+    """
     counts = {
         "documents": pair["documents"],
         "tokens": pair["tokens"],

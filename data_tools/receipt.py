@@ -4,7 +4,8 @@
     receipt["counts"]["tokens"], receipt["tokenizer"]["hash"], receipt["outputs"]["bin"]["checksum"]
 
 Keys that other programs read and that stay: inputs, tokenizer.{path,hash,vocab_size,eod_id,bos_id},
-options, counts.{documents,tokens,characters,bytes,rejected,slices}, lengths, outputs, versions, command.
+options, counts.{documents,tokens,characters,bytes,rejected,slices}, lengths, outputs, versions,
+command.
 The receipt is written last: where it is absent, the pair is not finished.
 """
 
@@ -35,7 +36,9 @@ def receipt_path(prefix: str | os.PathLike[str]) -> Path:
 
 
 def read_receipt(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The receipt of a prefix, or None when there is none. Raises `UserError` when it is unreadable."""
+    """The receipt of a prefix, or None when there is none. Raises `UserError` when it is
+    unreadable.
+    """
     path = receipt_path(prefix)
     if not path.is_file():
         return None

@@ -20,7 +20,6 @@ import xxhash
 from data_tools import indexed
 from data_tools.errors import UserError
 from data_tools.files import write_json
-
 from data_tools.pair import PairWriter
 from data_tools.publication import finished, publish_all, work_folder
 from data_tools.receipt import BINS, FORMAT, command_line, histogram, read_receipt, versions
@@ -42,7 +41,8 @@ def split(
         or abs(sum(shares.values()) - 1) > 1e-9
     ):
         raise UserError(
-            f"--shares {dict(shares)} do not add up to 1 with every one above 0: write train=0.98,valid=0.01,test=0.01"
+            f"--shares {dict(shares)} do not add up to 1 with every one above 0: write "
+            "train=0.98,valid=0.01,test=0.01"
         )
     prefix = Path(indexed.paths(prefix)[0].with_suffix(""))
     index = indexed.read_index(prefix)

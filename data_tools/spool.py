@@ -64,7 +64,9 @@ class _Chunk:
         self.stream = open(self.path, "wb", buffering=0) if needed(self.number) else None  # noqa: SIM115
 
     def take(self, block: bytes, at: int) -> tuple[int, bool]:
-        """Take bytes from block[at:]; returns where it stopped and whether the chunk is complete."""
+        """Take bytes from block[at:]; returns where it stopped and whether the chunk is
+        complete.
+        """
         # A line that loses bytes must be the last of its chunk: its newline closes it.
         full = self.start + self.options.part_bytes - 1 - self.position
         newline = block.find(b"\n", at if self.dropped else at + max(0, full))

@@ -218,7 +218,9 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio (Knuth, multip
 
 
 def _hash_pairs(merges: list[tuple[int, int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Open addressing with linear probing, at most half full; a pair said twice keeps its best rank."""
+    """Open addressing with linear probing, at most half full; a pair said twice keeps its best
+    rank.
+    """
     table = np.array(merges, dtype=np.uint64).reshape(-1, 4)
     bits = max(4, len(table).bit_length() + 1)
     order = np.argsort(table[:, 2], kind="stable")

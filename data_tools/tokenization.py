@@ -5,8 +5,8 @@
 
 Input order is kept and the bytes are the same for any number of workers. Killed anywhere and called
 again, it goes on; finished and called again, it says so. Work in progress lies in PREFIX.work/,
-PREFIX.* appears when all is done. Refuses a tokenizer without EOD when EOD is asked for, outputs made
-from something else (unless `overwrite`), and more bad lines than `max_rejected` allows.
+PREFIX.* appears when all is done. Refuses a tokenizer without EOD when EOD is asked for, outputs
+made from something else (unless `overwrite`), and more bad lines than `max_rejected` allows.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def tokenize(
     fast: bool = True,
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Write PREFIX.bin, PREFIX.idx, PREFIX.receipt.json (and PREFIX.rejected.jsonl); returns the receipt.
+    """Write PREFIX.bin, .idx, .receipt.json (and .rejected.jsonl); returns the receipt.
 
     `receipt["reused"]` is true when the files were already there, made from the same things.
     Raises `UserError` (exit code 2) and `Failure` (exit code 1).
@@ -104,7 +104,8 @@ def _refuse_missing_tokens(tokenizer: Tokenizer, options: Options) -> None:
         if asked and found is None:
             control = ", ".join(list(tokenizer.control_tokens())[:8]) or "none"
             raise UserError(
-                f"{flag} needs a token that {tokenizer.path} does not name: write {other} with one of its "
+                f"{flag} needs a token that {tokenizer.path} does not name: write {other} with "
+                "one of its "
                 f"control tokens ({control}), or --no{flag[1:]}"
             )
 
@@ -169,7 +170,8 @@ class _Run:
         exhausted = False
         try:
             while True:
-                # Twice as many as workers: none ever waits, and memory and spool files stay bounded.
+                # Twice as many as workers: none ever waits, and memory and spool files stay
+                # bounded.
                 while not exhausted and len(pending) < 2 * workers.count:
                     part = next(tasks, None)
                     if part is None:
@@ -187,7 +189,8 @@ class _Run:
                     break
         except BrokenProcessPool as error:
             raise Failure(
-                "a worker process died (out of memory?); what is finished is kept: run the same command "
+                "a worker process died (out of memory?); what is finished is kept: run the same "
+                "command "
                 "again, with fewer --workers if memory was short"
             ) from error
         if self.assembler.next[0] != len(self.shares):
@@ -271,8 +274,10 @@ class _Run:
         shutil.copyfile(self.assembler.rejects_file, listed)
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in totals.rejected.most_common())
         raise UserError(
-            f"{rejected:,} of {totals.lines:,} lines were rejected ({reasons}), more than --max-rejected "
-            f"{self.allowance.text}: look at {listed}, then mend the input or allow more (the work is kept)"
+            f"{rejected:,} of {totals.lines:,} lines were rejected ({reasons}), more than "
+            "--max-rejected "
+            f"{self.allowance.text}: look at {listed}, then mend the input or allow more (the "
+            "work is kept)"
         )
 
     def _complete(self) -> tuple[list[dict[str, Any]], Path]:

@@ -1,6 +1,6 @@
 """sentencepiece and Hugging Face tokenizers behind one small protocol.
 
-    tokenizer = load_tokenizer("tokenizer.model")     # or tokenizer.json, or a folder holding either
+    tokenizer = load_tokenizer("tokenizer.model")   # or tokenizer.json, or their folder
     ids = tokenizer.encode("some text")               # int32 array, no BOS, no EOD
     tokenizer.decode(ids)
 
@@ -62,7 +62,8 @@ def _tokenizer_file(path: Path) -> Path:
             if (path / name).is_file():
                 return path / name
         raise UserError(
-            f"{path} holds neither tokenizer.json nor tokenizer.model: name a folder or file that does"
+            f"{path} holds neither tokenizer.json nor tokenizer.model: name a folder or file "
+            "that does"
         )
     if not path.is_file():
         raise UserError(
@@ -90,7 +91,8 @@ class SentencePieceTokenizer:
             self.processor.LoadFromSerializedProto(self.model_bytes)
         except (RuntimeError, TypeError) as error:
             raise UserError(
-                f"{file} is not a sentencepiece model: name a .model file, a tokenizer.json or their folder"
+                f"{file} is not a sentencepiece model: name a .model file, a tokenizer.json or "
+                "their folder"
             ) from error
         self.vocab_size = int(self.processor.vocab_size())
         self.eod_id = self._id(eod_token, self.processor.eos_id())
@@ -140,11 +142,13 @@ class HuggingFaceTokenizer:
             self.processor = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
             raise UserError(
-                f"{file} is not a Hugging Face tokenizer.json: name a .model file, a tokenizer.json or their folder"
+                f"{file} is not a Hugging Face tokenizer.json: name a .model file, a "
+                "tokenizer.json or their folder"
             ) from error
         self.processor.no_truncation()
         self.processor.no_padding()
-        # Control tokens in the text stay text: by default the library turns "</s>" into the id of EOD.
+        # Control tokens in the text stay text: by default the library turns "</s>" into the id of
+        # EOD.
         self.processor.encode_special_tokens = True
         vocabulary = self.processor.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -179,7 +183,9 @@ class HuggingFaceTokenizer:
 
 
 def _read_configs(folder: Path) -> dict[str, str]:
-    """EOS and BOS as the files beside tokenizer.json name them; the first file that says so wins."""
+    """EOS and BOS as the files beside tokenizer.json name them; the first file that says so
+    wins.
+    """
     found: dict[str, str] = {}
     for name in _HF_CONFIGS:
         if not (folder / name).is_file():

@@ -55,7 +55,8 @@ def train_tokenizer(
     options = TrainingOptions(vocab_size, sample_bytes, seed, character_coverage, text_keys)
     if vocab_size < 300:
         raise UserError(
-            f"--vocab-size {vocab_size} leaves no room beside 256 bytes and 3 control tokens: write 300 or more"
+            f"--vocab-size {vocab_size} leaves no room beside 256 bytes and 3 control tokens: "
+            "write 300 or more"
         )
     model_path = Path(output) if str(output).endswith(".model") else Path(f"{output}.model")
     receipt_file = model_path.with_suffix(".receipt.json")
@@ -158,7 +159,8 @@ def _train(texts: Sequence[bytes], options: TrainingOptions) -> bytes:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"--vocab-size {options.vocab_size} does not suit this text: sentencepiece says {reason!r}; "
+            f"--vocab-size {options.vocab_size} does not suit this text: sentencepiece says "
+            f"{reason!r}; "
             "write a smaller vocabulary or give more text"
         ) from error
     return model.getvalue()

@@ -86,7 +86,8 @@ def _verify_structure(bin_path: Path, idx_path: Path, index: Index) -> list[str]
         if wrong.any():
             at = int(np.argmax(wrong))
             problems.append(
-                f"{idx_path}: sequence {first + at:,} begins at byte {index.pointers[first + at]:,}, "
+                f"{idx_path}: sequence {first + at:,} begins at byte "
+                f"{index.pointers[first + at]:,}, "
                 f"where those before it end at {starts[at]:,}"
             )
             return problems
@@ -128,24 +129,27 @@ def _verify_tokens(
         else None
     )
     known = pair["bin"]["blocks"] if pair else None
+    block_bytes = int(pair["bin"]["block_bytes"]) if pair else CHECKED_BYTES
     with open(bin_path, "rb", buffering=0) as stream:
         start = 0
-        while block := _read_full(stream):
-            number = start // CHECKED_BYTES
+        while block := _read_full(stream, block_bytes):
+            number = start // block_bytes
             if known is not None:
                 if number >= len(known):
                     problems.append(f"{bin_path} goes on after byte {start:,}, where it should end")
                     break
                 if xxhash.xxh3_64_hexdigest(block) != known[number]:
                     problems.append(
-                        f"{bin_path}: bytes {start:,} to {start + len(block):,} differ from their checksum "
+                        f"{bin_path}: bytes {start:,} to {start + len(block):,} differ from "
+                        "their checksum "
                         f"({_documents(index, start, start + len(block))})"
                     )
             ids = np.frombuffer(block[: len(block) // item * item], dtype=index.dtype)
             if vocab_size and len(ids) and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
                 at = start + int(np.argmax((ids >= vocab_size) | (ids < 0))) * item
                 problems.append(
-                    f"{bin_path}: the id {ids[(at - start) // item]} at byte {at:,} is outside the vocabulary "
+                    f"{bin_path}: the id {ids[(at - start) // item]} at byte {at:,} is outside "
+                    "the vocabulary "
                     f"of {vocab_size:,} ({_documents(index, at, at + item)})"
                 )
             if eod is not None and len(ids):
@@ -162,14 +166,14 @@ def _verify_tokens(
                         f"{bin_path}: document {document:,} does not end with EOD ({eod})"
                     )
             start += len(block)
-    if known is not None and start < (len(known) - 1) * CHECKED_BYTES:
-        problems.append(f"{bin_path} ends in block {start // CHECKED_BYTES:,} of {len(known):,}")
+    if known is not None and start < (len(known) - 1) * block_bytes:
+        problems.append(f"{bin_path} ends in block {start // block_bytes:,} of {len(known):,}")
     return problems
 
 
-def _read_full(stream: Any) -> bytes:
-    """Exactly `CHECKED_BYTES`, or what is left of the file."""
-    pieces, left = [], CHECKED_BYTES
+def _read_full(stream: Any, size: int) -> bytes:
+    """Exactly `size` bytes, or what is left of the file."""
+    pieces, left = [], size
     while left and (piece := stream.read(left)):
         pieces.append(piece)
         left -= len(piece)

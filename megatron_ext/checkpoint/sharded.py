@@ -1,7 +1,7 @@
 """Save and load over `megatron.core.dist_checkpointing`: written at any layout, read at any other.
 
     save(run_dir, step, model, optimizer, record)
-    state = restore(run_dir, model, optimizer)        # None when the run has no checkpoint
+    done_steps = restore(run_dir, model, optimizer, record)     # 0 without a checkpoint
 
 A save goes into a folder named `.unfinished`, gets its manifest last and is then renamed. Restore
 verifies every file before anything is read, and takes the next older checkpoint if one is damaged.
@@ -26,11 +26,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_ext.checkpoint import manifest
+from megatron_ext.checkpoint.continuity import check_continues
 from megatron_ext.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -76,37 +76,27 @@ def save(
 
 
 def restore(
-    run_dir: Path, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer
-) -> dict[str, Any] | None:
+    run_dir: Path,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    record: dict[str, Any],
+) -> int:
     """Load the newest checkpoint that verifies into model and optimizer, in place.
 
-    Every rank calls this. Returns its run.json, or None when the run has none yet. Raises
-    UserError when there are checkpoints but none verifies, or the optimizer is of the other kind.
+    Every rank calls this, with the `record` that it would save. Returns the steps done, 0 when the
+    run has no checkpoint yet. Raises UserError when there are checkpoints but none verifies, or
+    when this run does not continue it.
     """
     checkpoint = newest_valid_everywhere(run_dir)
     if checkpoint is None:
-        return None
-    record = json.loads((checkpoint / "run.json").read_text())
-    _check_optimizer_kind(checkpoint, record, optimizer)
+        return 0
+    saved = json.loads((checkpoint / "run.json").read_text())
+    check_continues(saved, record)
     state = _sharded_state(model, optimizer, loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint))
     bare(model).load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
-    return record
-
-
-def _check_optimizer_kind(
-    checkpoint: Path, record: dict[str, Any], optimizer: MegatronOptimizer
-) -> None:
-    """The divided and the whole optimizer write their state in different forms."""
-    now = isinstance(optimizer.chained_optimizers[0], DistributedOptimizer)
-    before = record["config"]["parallel"]["distributed_optimizer"]
-    if now != before:
-        raise UserError(
-            f"{checkpoint} was written with parallel.distributed_optimizer={str(before).lower()}, "
-            f"this run has {str(now).lower()}: set "
-            f"parallel.distributed_optimizer={str(before).lower()}"
-        )
+    return saved["step"]
 
 
 def load_weights(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.rope.bound import base_frequencies, judge
 from megatron_ext.rope.feasible import always_feasible, smallest_feasible
 from megatron_ext.rope.frequencies import rotary_dimensions
-from megatron_ext.rope.plot import BoundRow, plot_bound
+from megatron_ext.rope.plot import BoundRow, check_figure, plot_bound
 from megatron_ext.rope.published import TABLE_2, paper_listings
 
 HORIZON = 1 << 20
@@ -85,6 +86,8 @@ def _answer(
         raise UserError("nothing was asked: give --context, --base, --table or --plot")
     if base is not None and base <= 1:
         raise UserError(f"--base {base:g} must be above 1: write for example 10000")
+    if plot is not None:
+        check_figure(plot)
     rows: list[BoundRow] = []
     if rows_wanted:
         rows = table_rows(head_dim, rotary_fraction, context or HORIZON, listing)
@@ -139,7 +142,12 @@ def table_rows(
         )
     listed = paper_listings(lengths, head_dim) if listing else {}
     rows = []
-    for length in tqdm(lengths, desc=f"head dim {head_dim}", disable=None, file=sys.stderr):
+    progress = tqdm(lengths, desc=f"head dim {head_dim}", disable=None, file=sys.stderr)
+    start = last = time.monotonic()
+    for length in progress:
+        if progress.disable and time.monotonic() - last > 10:  # a log: a line now and then
+            last = time.monotonic()
+            print(f"head dim {head_dim}: at {length} tokens, {last - start:.0f} s", file=sys.stderr)
         published = TABLE_2[length] if head_dim == 128 and rotary_fraction == 1.0 else None
         row = verdict_of_context(length, head_dim, rotary_fraction)
         rows.append(BoundRow(published_base=published, listing_base=listed.get(length), **row))
@@ -186,18 +194,3 @@ def _sentence(answer: dict[str, Any], head_dim: int, context: int) -> str:
         f"usable context is {answer['usable_context']}; over {context} tokens B_m falls to "
         f"{answer['min_b']:.4g} and {answer['failing_share']:.2%} of the distances fail."
     )
-
-
-def main() -> None:
-    """Run this command alone."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(bound)
-    try:
-        app()
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

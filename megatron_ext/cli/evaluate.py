@@ -35,8 +35,8 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="UTF-8 text file to score, a document each; may be repeated."),
     ] = None,
-    tensor: Annotated[int, typer.Option(help="Tensor-parallel size, under torchrun.")] = 1,
-    pipeline: Annotated[int, typer.Option(help="Pipeline-parallel size, under torchrun.")] = 1,
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks (torchrun).")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline stages (torchrun).")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Evaluate a run's newest checkpoint; results go to RUN/evaluation/.
@@ -51,9 +51,11 @@ def evaluate(
     for task in tasks.split(","):
         if task.strip() not in TASKS:
             raise UserError(f"--tasks {task.strip()} is unknown: choose {', '.join(TASKS)}")
+    from megatron_ext.evaluation.layout import in_layout
     from megatron_ext.evaluation.perplexity import make_plan, measure
 
     plan = make_plan(source, _numbers(lengths), stride, max_tokens, text or [])
+    in_layout(plan.config, tensor, pipeline)  # refuses before torch is imported
     results = plan.results
     if plan.missing:
         # Torch takes seconds to import, and is not needed for results that are there. Megatron-Core

@@ -7,10 +7,11 @@ Both are made from `schema.py` alone. The JSON Schema is that of a file, not of 
 may leave anything to its `base`, so nothing is required; null stands for a default everywhere.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 from megatron_ext.config.schema import Config
 from megatron_ext.config.settings import Setting, root_schema, section_meaning, settings
+from megatron_ext.rope.frequencies import RopeScaling
 
 _BASE = {
     "description": "Config files to inherit from, relative to this file; the later wins.",
@@ -54,9 +55,8 @@ def markdown() -> str:
 
 def rule_meaning(rule: str) -> str:
     """The first paragraph of a scaling rule's docstring."""
-    scaling = root_schema()["$defs"]["Rope"]["properties"]["scaling"]
-    reference = scaling["discriminator"]["mapping"][rule].rsplit("/", 1)[1]
-    return " ".join(root_schema()["$defs"][reference]["description"].split("\n\n")[0].split())
+    [cls] = [cls for cls in get_args(RopeScaling) if cls.type == rule]
+    return " ".join(cls.__doc__.split("\n\n")[0].split())
 
 
 def _table(rows: list[Setting]) -> list[str]:
@@ -90,6 +90,8 @@ def _described(part: dict[str, Any]) -> dict[str, Any]:
     text = " ".join(part.get("description", "").split())
     notes = [part["unit"]] if "unit" in part else []
     notes += [f"unset: {part['unset']}"] if "unset" in part else []
+    if isinstance(part.get("additionalProperties"), dict):  # null takes a corpus out of the blend
+        part = {**part, "additionalProperties": _or_null(part["additionalProperties"])}
     return _cleaned({**part, "description": f"{text} [{'; '.join(notes)}]" if notes else text})
 
 

@@ -25,7 +25,7 @@ def validate(config: Config, world_size: int | None = None) -> list[str]:
     """Check every rule for `world_size` ranks (default: parallel.world_size); returns warnings."""
     check_heads(config)
     check_tensor(config)
-    check_layout(config, world_size or config.parallel.world_size)
+    check_layout(config, config.parallel.world_size if world_size is None else world_size)
     check_schedule(config)
     check_precision(config)
     check_intervals(config)
@@ -106,6 +106,8 @@ def check_tensor(config: Config) -> None:
 def check_layout(config: Config, world_size: int) -> None:
     """Ranks and batch divide: world = tensor x pipeline x data, batch = micro-batch x data x n."""
     parallel, training = config.parallel, config.training
+    if world_size < 1:
+        raise ConfigError(f"a world of {world_size} ranks cannot train: choose 1 or more")
     ranks = parallel.tensor * parallel.pipeline
     if world_size % ranks:
         raise ConfigError(

@@ -123,6 +123,9 @@ class Data(Section):
     one named by the corpora's receipts."""
     cache_dir: Path | None = setting(None)
     """Folder of the sample index; unset: `cache` beside each corpus. Shared by all ranks."""
+    mask_documents: bool = setting(False)
+    """Keep attention within each document of a sample and restart positions there; needs the torch
+    kernels and token files written with an end-of-document id."""
     num_workers: int = setting(1, ge=0, unit="processes")
     """Loader processes a rank; 0 loads in the training process."""
 

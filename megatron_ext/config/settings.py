@@ -116,8 +116,7 @@ def root_schema() -> dict[str, Any]:
 
 def section_meaning(name: str) -> str:
     """The docstring of a section."""
-    reference = root_schema()["properties"][name]["$ref"].rsplit("/", 1)[1]
-    return " ".join(root_schema()["$defs"][reference]["description"].split())
+    return " ".join((Config.model_fields[name].annotation.__doc__ or "").split())
 
 
 def _walk(

@@ -112,7 +112,8 @@ class _Loader(yaml.SafeLoader):
 
 class _Dumper(yaml.SafeDumper):
     def represent_text(self, text: str) -> yaml.Node:
-        quoted = not isinstance(parse_scalar(text), str)
+        # PyYAML would leave unquoted what only our numbers are, and the line break U+0085.
+        quoted = not isinstance(parse_scalar(text), str) or not text.isprintable()
         return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
 
     def represent_in_one_line(self, items: list[Any]) -> yaml.Node:

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data_tools.errors import UserError as DataError
 from megatron_ext.checkpoint.manifest import MANIFEST, find_checkpoints, step_of, write_json
 from megatron_ext.config import Config, load_config
 from megatron_ext.errors import UserError
@@ -105,7 +106,10 @@ def make_plan(
     ):
         if value < least:
             raise UserError(f"{name} {value} is too small: write {least} or more")
-    texts = texts_.own_texts(config, text) if text else texts_.validation_texts(config)
+    try:
+        texts = texts_.own_texts(config, text) if text else texts_.validation_texts(config)
+    except DataError as error:  # of the data tools, which know nothing of this package
+        raise UserError(str(error)) from None
     output = run_dir / "evaluation" / ("perplexity.json" if not text else _own_name(text))
     if checkpoint == source:
         output = run_dir / "evaluation" / checkpoint.name / output.name

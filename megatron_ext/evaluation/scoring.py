@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import sharded
 from megatron_ext.config import Config
-from megatron_ext.config.rules import check_tensor
+from megatron_ext.evaluation.layout import in_layout
 from megatron_ext.model.llama import build_gpt, transformer_config
 from megatron_ext.world import World, world
 
@@ -51,24 +51,11 @@ def open_checkpoint(
 
     `checkpoint` is a checkpoint's folder or a run's. Raises UserError.
     """
-    config = for_layout(config, tensor, pipeline)
-    check_tensor(config)
+    config = in_layout(config, tensor, pipeline)
     with world(config) as here:
         model = build_gpt(config, transformer_config(config)).eval()
         sharded.load_weights(checkpoint, [model])
         yield Scorer(model, here)
-
-
-def for_layout(config: Config, tensor: int, pipeline: int) -> Config:
-    """The same model in another layout."""
-    layout = {
-        "world_size": tensor * pipeline,
-        "tensor": tensor,
-        "pipeline": pipeline,
-        # Saves memory only in training, and wants lengths that the ranks divide.
-        "sequence": False,
-    }
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update=layout)})
 
 
 class Scorer:

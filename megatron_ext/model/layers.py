@@ -43,8 +43,15 @@ class Backend:
     reason: str
 
 
-def choose_backend(wanted: str) -> Backend:
+def choose_backend(wanted: str, mask_documents: bool = False) -> Backend:
     """Settle `kernels.backend`. Raises UserError when the wanted one is not to be had."""
+    if mask_documents:
+        if wanted == "transformer_engine":
+            raise UserError(
+                "data.mask_documents=true needs a mask that kernels.backend=transformer_engine "
+                "does not take: use kernels.backend=torch"
+            )
+        return Backend("torch", "PyTorch kernels: data.mask_documents=true")
     installed = importlib.util.find_spec("transformer_engine") is not None
     gpu = torch.cuda.is_available()
     if wanted == "torch":
@@ -81,10 +88,11 @@ class RMSNorm(torch.nn.Module):
 
 
 class SdpaAttention(MegatronModule):
-    """Causal attention of one tensor-parallel rank's heads through PyTorch's SDPA.
+    """Causal or masked attention of one tensor-parallel rank's heads through PyTorch's SDPA.
 
     Queries [sequence, batch, heads, head_dim], keys and values [sequence, batch, kv_heads,
-    head_dim]; output [sequence, batch, heads * head_dim], all in the model's dtype.
+    head_dim]; output [sequence, batch, heads * head_dim], all in the model's dtype. A mask is bool
+    [batch, 1, sequence, sequence], true where a key is hidden from a query.
     """
 
     def __init__(
@@ -117,7 +125,9 @@ class SdpaAttention(MegatronModule):
             query,
             key,
             value,
-            is_causal=True,
+            # Megatron-Core's mask says what is hidden, SDPA's what is seen; none means causal.
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None,
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )

@@ -60,7 +60,7 @@ def build_gpt(config: Config, transformer: TransformerConfig) -> GPTModel:
     losses [batch, sequence] float32 when labels are given, else this rank's logits
     [batch, sequence, vocab_size / tensor].
     """
-    backend = choose_backend(config.kernels.backend)
+    backend = choose_backend(config.kernels.backend, config.data.mask_documents)
     log.info("kernels: %s", backend.reason)
     model = RotaryGPTModel(
         transformer,

@@ -8,9 +8,9 @@ Raises ConfigError when the layout does not divide; missing token files are erro
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from megatron_ext.config import Config, rope_frequencies_of, short_number, smallest_base, validate
+from megatron_ext.data.corpora import corpus_errors, epochs
 from megatron_ext.planning.parameters import count_parameters
 from megatron_ext.rope.bound import judge, usable_context
 
@@ -61,6 +61,8 @@ class Preflight:
     bound: BoundReport
     corpora: dict[str, str]
     """Token file prefixes by name."""
+    epochs: dict[str, float]
+    """How often each corpus is read; empty when one of them cannot serve."""
     warnings: list[str]
     errors: list[str]
 
@@ -76,7 +78,10 @@ class Preflight:
     def text(self) -> str:
         """Lines for a person."""
         kept = self.checkpoint_bytes * self.checkpoints_kept
-        names = ", ".join(f"{name} ({path})" for name, path in self.corpora.items())
+        names = ", ".join(
+            f"{name} ({path})" + (f" {self.epochs[name]:.3g} times" if self.epochs else "")
+            for name, path in self.corpora.items()
+        )
         lines = [
             ("run", self.run_dir),
             (
@@ -120,9 +125,13 @@ def preflight(config: Config, world_size: int) -> Preflight:
             "data.corpora is empty, so a run would refuse to start: name a token file, such as "
             "data.corpora.books.path=PREFIX"
         )
+    source = config.training.init_from
+    if source is not None and not source.exists():
+        warnings.append(f"training.init_from={source} does not exist yet: train it first")
     parameters = count_parameters(config.model)
     parallel, training = config.parallel, config.training
     data_parallel = world_size // (parallel.tensor * parallel.pipeline)
+    errors = corpus_errors(config)
     return Preflight(
         run_dir=str(training.run_dir),
         parameters=parameters.total,
@@ -140,21 +149,9 @@ def preflight(config: Config, world_size: int) -> Preflight:
         bound=_bound_report(config),
         corpora={name: str(corpus.path) for name, corpus in config.data.corpora.items()},
         warnings=warnings,
-        errors=missing_files(config),
+        epochs={} if errors else epochs(config),
+        errors=errors,
     )
-
-
-def missing_files(config: Config) -> list[str]:
-    """A sentence for each corpus or starting point that is named but not there."""
-    missing = []
-    for name, corpus in config.data.corpora.items():
-        absent = [f for f in (f"{corpus.path}.bin", f"{corpus.path}.idx") if not Path(f).is_file()]
-        if absent:
-            missing.append(
-                f"data.corpora.{name}.path={corpus.path}: {' and '.join(absent)} not found; write "
-                f"them with data-tools tokenize ... --output {corpus.path}"
-            )
-    return missing
 
 
 def checkpoint_bytes_per_parameter(config: Config) -> int:

@@ -56,7 +56,7 @@ class RotarySelfAttention(SelfAttention):
     def _rotate(self, t: Tensor, angles: Tensor) -> Tensor:
         factor = _yarn_get_concentration_factor_from_config(self.config)
         interleaved = self.config.rotary_interleaved
-        if t.is_cuda and self.config.apply_rope_fusion:
+        if t.is_cuda and self.config.rotary_fused:
             if factor == 1.0 and angles.shape[1] == 1 and rope_utils.fused_apply_rotary_pos_emb:
                 # Transformer Engine's kernel works in float32 inside.
                 return rope_utils.fused_apply_rotary_pos_emb(t, angles, interleaved=interleaved)
@@ -77,9 +77,11 @@ class RotaryGPTModel(GPTModel):
             return super()._preprocess(input_ids, position_ids, *args, **kwargs)
 
 
-def install_rotary(model: GPTModel, rotary: RotaryEmbedding) -> None:
+def install_rotary(model: GPTModel, rotary: RotaryEmbedding, fused: bool = True) -> None:
     """Make `rotary` the model's rotary module, and its attention factor the layers'.
 
+    fused: on a GPU, rotate by one kernel: Transformer Engine's where it is installed and can (the
+    same positions in every row, attention factor 1), else one that torch.compile makes.
     Build the model with position_embedding_type "none": with "rope" GPTModel first builds its own
     module, which asks for a CUDA device unless use_cpu_initialization is set.
     """
@@ -95,6 +97,7 @@ def install_rotary(model: GPTModel, rotary: RotaryEmbedding) -> None:
         )
     model.position_embedding_type = "rope"
     model.rotary_pos_emb = rotary
+    config.rotary_fused = fused
     # Megatron reads the factor of cos and sin from these three, as
     # (0.1 mscale ln s + 1) / (0.1 mscale_all_dim ln s + 1): with s = e that is 1 + 0.1 mscale.
     config.yarn_rotary_scaling_factor = torch.e

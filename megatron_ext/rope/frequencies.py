@@ -4,9 +4,10 @@
     judge(rope.all_inv_freq, context_length=32768)              # megatron_ext.rope.bound
     rope_to_hf(1e4, 128, Linear(factor=4.0), context_length=16384)
 
-The rules themselves, with their formulas, are in `rules.py`. `rope_to_hf` writes both
-`rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (4 and older), because a base
-that only one of them knows is silently read as 10000 by the other; `rope_from_hf` reads either.
+The rules themselves, with their formulas, are in `rules.py`, `yarn.py` and `longrope.py`.
+`rope_to_hf` writes both `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (4 and
+older), because a base that only one of them knows is silently read as 10000 by the other;
+`rope_from_hf` reads either.
 
 Refuses, by ValueError, what a rule cannot mean, and in `rope_to_hf` what transformers cannot say.
 """
@@ -16,19 +17,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from megatron_ext.rope.longrope import LongRope
 from megatron_ext.rope.rules import (
     ChangedBase,
     DynamicNtk,
     Linear,
     Llama3,
-    LongRope,
     NoScaling,
     Ntk,
     RopeFrequencies,
-    RopeScaling,
-    Yarn,
     check_base,
 )
+from megatron_ext.rope.yarn import Yarn
 
 __all__ = [
     "ChangedBase",
@@ -47,6 +47,9 @@ __all__ = [
     "rope_to_hf",
     "rotary_dimensions",
 ]
+
+RopeScaling = NoScaling | ChangedBase | Linear | Ntk | DynamicNtk | Yarn | Llama3 | LongRope
+"""Every rule; `type` tells them apart (a pydantic discriminated union needs no more)."""
 
 
 def rope_frequencies(

@@ -3,12 +3,14 @@
     plot_bound("bound.png", head_dim=128, base=1e4, context_length=4096, rows=rows)
 
 Every figure is written with the numbers it shows, as CSV of the same name. matplotlib is imported
-only when a figure is asked for. Refuses a file name that is not .png, .pdf or .svg.
+only when a figure is asked for. Refuses a file name that is not .png, .pdf or .svg, and a folder
+that is not there.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,8 +49,7 @@ def plot_bound(
     """Left: B_m of `base` over the context, failing distances shaded. Right: `rows`, Table 2 where
     it applies (head_dim 128), and the known models. Returns the files written: figure and CSV."""
     path = Path(path)
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"{path} has no known figure format: write a name that ends in .png")
+    check_figure(path)
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display asked for
 
     distances, b = _curve(base, head_dim, context_length, rotary_dim)
@@ -72,6 +73,16 @@ def plot_bound(
     table = path.with_suffix(".csv")
     _replace(table, lambda temporary: _write_csv(temporary, distances, b, rows))
     return [path, table]
+
+
+def check_figure(path: Path) -> None:
+    """ValueError when a figure cannot be written there; costs nothing, so ask before the work."""
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"{path} has no known figure format: write a name that ends in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} lies in no existing folder: make {path.parent} first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("figures need matplotlib: pip install 'megatron-ext[report]'")
 
 
 def _base_against_context(axes: Any, head_dim: int, rows: Sequence[BoundRow]) -> None:

@@ -12,6 +12,7 @@ was interrupted.
 """
 
 import argparse
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -23,13 +24,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from megatron_ext.checkpoint.manifest import find_checkpoints, step_of
 from megatron_ext.config import load_config
 from megatron_ext.errors import UserError
 from megatron_ext.study.demo_corpus import build_corpus
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs" / "demo"
+CONFIGS = Path(os.path.relpath(ROOT / "configs" / "demo"))
+OUTPUT = Path("runs/demo")
 RUNS = ("below", "above")
 PROCESSES = 2  # tensor-parallel ranks
 VOCAB_SIZE = 2048
@@ -71,7 +75,7 @@ def demo(output: Path, corpus: Path | None = None) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(
-            f"another demo is writing {output}: wait for it, or give --output"
+            f"another demo is writing into {output}: wait for it, or write --output FOLDER"
         ) from None
 
     source, tokenizer = data / "corpus.jsonl.zst", data / "tokenizer.model"
@@ -95,18 +99,20 @@ def demo(output: Path, corpus: Path | None = None) -> Path:
     torchrun = (*python, "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES)
     for number, name in enumerate(RUNS, start=4):
         config = CONFIGS / f"{name}.yaml"
-        places = (
+        places = [
             f"training.run_dir={output / name}",
             f"data.corpora.demo.path={prefix}",
             f"data.tokenizer={tokenizer}",
-        )
+        ]
+        if output == OUTPUT:  # what the configs say themselves
+            places = []
         settings = load_config(config, places)
         stage(number, f"Pre-training with base {settings.rope.base:g}, {name} the bound")
         run_dir, steps = settings.training.run_dir, settings.training.steps
         if newest_step(run_dir) == steps:
             print("      already done")
             continue
-        run(*torchrun, ROOT / "pretrain.py", config, *places, processes=PROCESSES)
+        run(*torchrun, os.path.relpath(ROOT / "pretrain.py"), config, *places, processes=PROCESSES)
         if newest_step(run_dir) != steps:
             raise StageFailed(f"training stopped before step {steps}: run the same command again")
 
@@ -149,20 +155,27 @@ def run(*command: object, processes: int = 1) -> None:
     try:
         code = child.wait()
     except BaseException:
-        end(child)
+        end(child, processes)
         raise
     if code:
         raise StageFailed(f"`{shlex.join(shown)}` ended with exit code {code}; see above")
 
 
-def end(child: subprocess.Popen) -> None:
+def end(child: subprocess.Popen, processes: int) -> None:
     """End a command and all its processes, politely first."""
+    # torchrun takes a signal for a failure; its ranks save, end well, and then so does torchrun.
+    ranks: list[psutil.Process] = []
+    if processes > 1:
+        ranks = psutil.Process(child.pid).children()
     try:
-        child.terminate()
+        for process in ranks or [child]:
+            process.terminate()
         child.wait(_SECONDS_TO_SAVE)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):  # or Ctrl-C a second time
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        pass
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # whatever is left of its group
+    child.wait()
 
 
 def end_with_parent() -> None:
@@ -186,9 +199,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="your own texts instead of the standard library: a file or a folder (.txt, .md, .py, "
         ".jsonl, .jsonl.gz, .jsonl.zst); also the environment variable CORPUS",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="runs/demo"
-    )
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help="[runs/demo]")
     return parser.parse_args(arguments)
 
 

@@ -9,6 +9,7 @@ so that metrics.jsonl holds each step once.
 
 import json
 import logging
+import math
 import os
 import platform
 import socket
@@ -99,7 +100,12 @@ class Journal:
                 self.board.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        # JSON knows no NaN: a loss that is none is null.
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        self.file.write(json.dumps(finite) + "\n")
         if self.board:
             for name, value in record.items():
                 if name != "step" and value is not None:

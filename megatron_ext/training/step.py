@@ -20,6 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ext.config import Config
+from megatron_ext.data.positions import attention_mask
 
 Batch = dict[str, torch.Tensor]
 Batches = Iterator[Batch]
@@ -123,8 +124,14 @@ def learning_rate(step: int, config: Config) -> float:
 def _forward_step(batches: Batches, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     device = torch.cuda.current_device()
     batch = {name: x.to(device, non_blocking=True) for name, x in next(batches).items()}
-    # Positions 0, 1, 2, .. need not be said: the rotary module keeps their table.
-    output = model(batch["tokens"], position_ids=None, attention_mask=None, labels=batch["labels"])
+    documents = batch.get("document_ids")
+    output = model(
+        batch["tokens"],
+        # Positions 0, 1, 2, .. need not be said: the rotary module keeps their table.
+        position_ids=batch.get("position_ids"),
+        attention_mask=None if documents is None else attention_mask(documents),
+        labels=batch["labels"],
+    )
     return output, partial(_loss, batch["loss_mask"])
 
 

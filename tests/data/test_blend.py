@@ -8,8 +8,6 @@ import pytest
 
 from megatron_ext.config import Config, load_config
 from megatron_ext.data import blend
-from megatron_ext.errors import UserError
-from tests.conftest import pretrain
 
 
 def config_with(config: Config, **training: object) -> Config:
@@ -27,8 +25,8 @@ def test_ranks_together_read_each_global_batch_once(
         read = []
         for rank in range(ranks):
             layout = blend.Layout(rank, ranks)
-            lists = list(blend._indices(config, layout, step, step + 1))
-            assert len(lists) == len(blend._indices(config, layout, step, step + 1))
+            lists = list(blend.MicroBatchSampler(config, layout, step, step + 1))
+            assert len(lists) == len(blend.MicroBatchSampler(config, layout, step, step + 1))
             assert all(len(numbers) == micro_batch_size for numbers in lists)
             read += [number for numbers in lists for number in numbers]
         assert sorted(read) == list(range(step * 8, step * 8 + 8))
@@ -37,8 +35,11 @@ def test_ranks_together_read_each_global_batch_once(
 def test_resumed_reading_continues_the_same_order(config_file: Path) -> None:
     config = load_config(config_file)
     layout = blend.Layout(1, 2)
-    whole = list(blend._indices(config, layout, 0, 6))
-    parts = [*blend._indices(config, layout, 0, 4), *blend._indices(config, layout, 4, 6)]
+    whole = list(blend.MicroBatchSampler(config, layout, 0, 6))
+    parts = [
+        *blend.MicroBatchSampler(config, layout, 0, 4),
+        *blend.MicroBatchSampler(config, layout, 4, 6),
+    ]
     assert parts == whole
 
 
@@ -66,30 +67,3 @@ def test_samples_are_the_tokens_of_the_files(config_file: Path, corpus: Path) ->
 
 def eod_of(corpus: Path) -> int:
     return json.loads(Path(f"{corpus}.receipt.json").read_text())["tokenizer"]["eod_id"]
-
-
-def test_fingerprint_tells_order_apart_and_ignores_where_files_lie(
-    config_file: Path, corpus: Path, tmp_path: Path
-) -> None:
-    config = load_config(config_file)
-    for suffix in (".bin", ".idx", ".receipt.json"):
-        (tmp_path / f"moved{suffix}").write_bytes(Path(f"{corpus}{suffix}").read_bytes())
-    moved = load_config(config_file, [f"data.corpora.library.path={tmp_path / 'moved'}"])
-    blend.check_same_data(blend.fingerprint(config), blend.fingerprint(moved))
-    for change in ("training.seed=1", "training.steps=19", "data.corpora.library.weight=2"):
-        other = blend.fingerprint(load_config(config_file, [change]))
-        with pytest.raises(UserError):
-            blend.check_same_data(blend.fingerprint(config), other)
-
-
-def test_missing_file_and_small_vocabulary_are_refused(config_file: Path) -> None:
-    printed = pretrain(config_file, "data.corpora.library.path=nowhere/x", code=2)
-    assert "nowhere/x.bin does not exist" in printed and "Traceback" not in printed
-    with pytest.raises(UserError, match="raise it to at least 512"):
-        blend.check_corpora(load_config(config_file, ["model.vocab_size=500"]))
-
-
-def test_no_corpus_is_refused(config_file: Path) -> None:
-    config = load_config(config_file)
-    with pytest.raises(UserError, match=r"data\.corpora is empty"):
-        blend.check_corpora(config.model_copy(update={"data": type(config.data)()}))

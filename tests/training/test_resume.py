@@ -141,14 +141,16 @@ def test_checkpoint_of_the_other_optimizer_is_refused(config_file: Path) -> None
     printed = pretrain(
         config_file, "training.steps=2", "parallel.distributed_optimizer=true", code=2
     )
-    assert "set parallel.distributed_optimizer=false" in printed
+    assert "has parallel.distributed_optimizer=False, this run True" in printed
     assert "Traceback" not in printed
 
 
-def test_other_data_is_refused_with_the_difference(config_file: Path) -> None:
+def test_refused_resume_leaves_the_run_folder_as_it_was(config_file: Path, tmp_path: Path) -> None:
     pretrain(config_file, "training.steps=2")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     printed = pretrain(config_file, "training.steps=2", "training.seed=7", code=2)
-    assert "seed=1234" in printed and "Traceback" not in printed
+    assert "has data.seed=1234, this run 7" in printed and "Traceback" not in printed
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
 def test_weights_start_from_another_run(config_file: Path, tmp_path: Path) -> None:

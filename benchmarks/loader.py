@@ -1,0 +1,172 @@
+"""The loader beside megatron-core's own, in one run: index build, warm open, memory, samples/s.
+
+    python benchmarks/loader.py --documents 1e7 --gigabytes 2
+
+Both read the same synthetic token files: log-normal documents of 1,000 tokens in the mean for the
+index (the .bin is sparse), and a .bin of real bytes for cold random reads. megatron-core's own is
+its builder and memory map as they come; ours publishes the index by a rename, names it after the
+data, and switches the kernel's read-ahead off. Each figure comes from a process of its own, the two
+in turn; peak memory includes torch.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+SEQUENCE_LENGTH = 2048
+
+
+def main() -> None:
+    options = parse()
+    if options.measure:
+        print(json.dumps(measure(options)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        prefix = Path(folder) / "corpus"
+        write_index_of(prefix, int(float(options.documents)))
+        write_tokens(Path(folder) / "cold", int(options.gigabytes * 2**30))
+        print(f"{float(options.documents):,.0f} documents, sequence length {SEQUENCE_LENGTH:,}")
+        print(f"{'':38}{'megatron-core':>15}{'ours':>12}{'ratio':>9}")
+        rows = [
+            ("first", "build_s", "index build, s", 3),
+            ("first", "peak_gb", "peak memory, GB", 2),
+            ("warm", "build_s", "warm open, s", 4),
+            ("warm", "samples_per_s", "hot samples a second", 0),
+            ("cold", "reads_per_s", "cold random samples a second", 0),
+            ("cold", "read_mb", "read from disk for them, MB", 1),
+        ]
+        results = {
+            kind: {who: run(options, folder, kind, who) for who in ("theirs", "ours")}
+            for kind in ("first", "warm", "cold")
+        }
+        for kind, name, title, digits in rows:
+            theirs, ours = (results[kind][who][name] for who in ("theirs", "ours"))
+            print(f"{title:38}{theirs:>15,.{digits}f}{ours:>12,.{digits}f}{ours / theirs:>9.2f}")
+
+
+def run(options: argparse.Namespace, folder: str, kind: str, who: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", kind, "--who", who, "--folder", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """One figure, in this process."""
+    if options.measure == "cold":
+        return cold_reads(Path(options.folder) / "cold", ours=options.who == "ours")
+    from megatron_ext.config import load_config
+    from megatron_ext.data import blend
+    from megatron_ext.world import world
+
+    folder = Path(options.folder)
+    config_file = folder / "config.yaml"
+    tokens = int(np.load(folder / "tokens.npy"))
+    config_file.write_text(
+        f"""\
+model: {{num_layers: 1, hidden_size: 8, ffn_hidden_size: 8, num_heads: 1, vocab_size: 65536}}
+rope: {{base: 1e6, bound: "off"}}
+data: {{corpora: {{a: {{path: {folder / "corpus"}}}}}, cache_dir: {folder / options.who}}}
+training:
+  {{sequence_length: {SEQUENCE_LENGTH}, global_batch_size: 8, micro_batch_size: 8,
+    steps: {int(tokens * 0.98) // SEQUENCE_LENGTH // 8}}}
+optimizer: {{lr: 1}}
+precision: {{dtype: fp32}}
+"""
+    )
+    config = load_config(config_file)
+    build: Callable = blend.build_datasets
+    if options.who == "theirs":
+
+        def build(config):  # its builder with its own cache, and no madvise
+            blend.mmap.MADV_RANDOM = blend.mmap.MADV_NORMAL
+            return blend._open(config, folder / "theirs")
+
+    with world(config):
+        started = time.perf_counter()
+        train, _ = build(config)
+        build_s = time.perf_counter() - started
+        order = np.random.default_rng(0).integers(0, len(train), 3000)
+        for number in order:
+            train[int(number)]
+        started = time.perf_counter()
+        for number in order:
+            train[int(number)]
+        rate = len(order) / (time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {"build_s": build_s, "samples_per_s": rate, "peak_gb": peak}
+
+
+def cold_reads(prefix: Path, ours: bool, count: int = 2000) -> dict[str, float]:
+    """Random samples of a file that is not in the page cache."""
+    import mmap
+
+    path = f"{prefix}.bin"
+    with open(path, "rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    tokens = np.memmap(path, np.uint16, mode="r")
+    if ours:
+        tokens._mmap.madvise(mmap.MADV_RANDOM)
+    starts = np.random.default_rng(1).integers(0, len(tokens) - SEQUENCE_LENGTH, count)
+    before = disk_bytes()
+    started = time.perf_counter()
+    for start in starts:
+        int(tokens[start : start + SEQUENCE_LENGTH].sum(dtype=np.int64))
+    seconds = time.perf_counter() - started
+    return {"reads_per_s": count / seconds, "read_mb": (disk_bytes() - before) / 1e6}
+
+
+def disk_bytes() -> int:
+    """Bytes that this process made the disk deliver."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes"):
+            return int(line.split()[1])
+    return 0
+
+
+def write_index_of(prefix: Path, documents: int) -> None:
+    from data_tools.indexed import write_index
+
+    lengths = np.random.default_rng(0).lognormal(np.log(1000) - 0.5, 1.0, documents)
+    lengths = np.maximum(lengths, 1).astype(np.int32)
+    with open(f"{prefix}.idx", "wb") as stream:
+        write_index(stream, np.uint16, lengths)
+    with open(f"{prefix}.bin", "wb") as stream:
+        stream.truncate(2 * int(lengths.sum(dtype=np.int64)))
+    np.save(prefix.parent / "tokens.npy", lengths.sum(dtype=np.int64))
+
+
+def write_tokens(prefix: Path, size: int) -> None:
+    block = np.random.default_rng(0).integers(0, 65000, 1 << 23, dtype=np.uint16).tobytes()
+    with open(f"{prefix}.bin", "wb") as stream:
+        for _ in range(max(1, size // len(block))):
+            stream.write(block)
+        os.fsync(stream.fileno())
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--documents", default="1e7", help="documents of the synthetic corpus")
+    parser.add_argument("--gigabytes", type=float, default=2, help="size of the file read cold")
+    parser.add_argument("--folder", default=None, help="where to put the files; default: /tmp")
+    parser.add_argument("--measure", choices=["first", "warm", "cold"], help=argparse.SUPPRESS)
+    parser.add_argument("--who", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

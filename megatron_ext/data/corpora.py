@@ -1,0 +1,165 @@
+"""The token files of a run: whether they can serve it, and what identifies them. Needs no torch.
+
+    check_corpora(config)                          # raises UserError
+    fingerprint_of(config)                         # what the sample order is made from
+
+Refuses missing, truncated or foreign files, tokens beyond the model's vocabulary, and a validation
+share that leaves a corpus without documents on either side (Megatron-Core 0.16.1 then counts epochs
+of nothing for ever, gpt_dataset.py:634).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_tools.errors import UserError as DataToolsError
+from data_tools.indexed import read_index
+from data_tools.receipt import read_receipt
+from megatron_ext.config import Config
+from megatron_ext.config.schema import Corpus
+from megatron_ext.errors import UserError
+
+
+def check_corpora(config: Config) -> None:
+    """Raise UserError when there is no corpus, or one that cannot serve this run."""
+    if not config.data.corpora:
+        raise UserError(
+            "data.corpora is empty: name a token file, such as data.corpora.books.path=PREFIX"
+        )
+    for error in corpus_errors(config):
+        raise UserError(error)
+    if config.data.mask_documents:
+        eod_id(config)
+
+
+def corpus_errors(config: Config) -> list[str]:
+    """A sentence for each corpus that cannot serve this run."""
+    errors = []
+    for name, corpus in config.data.corpora.items():
+        try:
+            _check_files(name, corpus)
+            _check_vocabulary(name, corpus, config.model.vocab_size)
+            _check_split(name, corpus, config.data.validation_fraction)
+        except (UserError, DataToolsError) as error:
+            errors.append(str(error))
+    return errors
+
+
+def fingerprint_of(config: Config) -> dict[str, Any]:
+    """What the sample order is made from; equal fingerprints mean the same tokens in the same
+    order. Kept in the run folder and in every checkpoint."""
+    corpora = {}
+    for name, corpus in config.data.corpora.items():
+        index = Path(f"{corpus.path}.idx")
+        corpora[name] = {
+            "path": str(corpus.path),
+            "weight": corpus.weight,
+            "bin_bytes": Path(f"{corpus.path}.bin").stat().st_size,
+            "idx_bytes": index.stat().st_size,
+            "idx_xxh3": _checksum(index),
+            "tokenizer": _tokenizer(corpus.path).get("hash"),
+        }
+    return {
+        "corpora": corpora,
+        "validation_fraction": config.data.validation_fraction,
+        "sequence_length": config.training.sequence_length,
+        "global_batch_size": config.training.global_batch_size,
+        "samples": config.training.steps * config.training.global_batch_size,
+        "seed": config.training.seed,
+        "mask_documents": config.data.mask_documents,
+    }
+
+
+def epochs(config: Config) -> dict[str, float]:
+    """How often the run reads each corpus' training documents, by their tokens."""
+    total = sum(corpus.weight for corpus in config.data.corpora.values())
+    tokens = config.training.steps * config.training.tokens_per_step
+    return {
+        name: tokens * corpus.weight / total / _training_tokens(corpus, config)
+        for name, corpus in config.data.corpora.items()
+    }
+
+
+def eod_id(config: Config) -> int:
+    """The id that ends each document, the same in all corpora. Raises UserError when the receipts
+    name none or several."""
+    ids = {_tokenizer(corpus.path).get("eod_id") for corpus in config.data.corpora.values()}
+    found = ids.pop() if len(ids) == 1 else None
+    if found is None:
+        raise UserError(
+            "data.mask_documents=true needs one end-of-document id, which the receipts beside the "
+            "token files do not name: tokenize them with data-tools tokenize --append-eod"
+        )
+    return found
+
+
+def _check_files(name: str, corpus: Corpus) -> None:
+    for suffix in (".bin", ".idx"):
+        file = Path(f"{corpus.path}{suffix}")
+        if not file.is_file():
+            raise UserError(
+                f"data.corpora.{name}.path={corpus.path}: {file} does not exist; "
+                f"write it with data-tools tokenize ... --output {corpus.path}"
+            )
+    try:
+        index = read_index(corpus.path)
+    except DataToolsError as error:
+        raise UserError(f"data.corpora.{name}: {error}; tokenize the corpus again") from None
+    has = Path(f"{corpus.path}.bin").stat().st_size
+    wanted = 0
+    if len(index.lengths):
+        wanted = int(index.pointers[-1]) + int(index.lengths[-1]) * index.dtype.itemsize
+    if has != wanted:
+        raise UserError(
+            f"data.corpora.{name}: {corpus.path}.bin has {has:,} bytes where {corpus.path}.idx "
+            f"tells of {wanted:,}: copy both again, or tokenize the corpus again"
+        )
+
+
+def _check_vocabulary(name: str, corpus: Corpus, known: int) -> None:
+    vocab_size = _tokenizer(corpus.path).get("vocab_size", 0)
+    if vocab_size > known:
+        raise UserError(
+            f"data.corpora.{name} was tokenized with {vocab_size} ids, more than "
+            f"model.vocab_size={known}: raise it to at least {vocab_size}"
+        )
+
+
+def _training_tokens(corpus: Corpus, config: Config) -> int:
+    lengths = read_index(corpus.path).lengths
+    return int(lengths[: _first_held_out(lengths, config.data.validation_fraction)].sum(dtype="i8"))
+
+
+def _first_held_out(lengths: np.ndarray, fraction: float) -> int:
+    """Number of the first validation document, rounded as Megatron-Core does."""
+    return round((1 - fraction) * len(lengths))
+
+
+def _check_split(name: str, corpus: Corpus, fraction: float) -> None:
+    lengths = read_index(corpus.path).lengths
+    first_held_out = _first_held_out(lengths, fraction)
+    for share, documents in (
+        ("training", lengths[:first_held_out]),
+        ("validation", lengths[first_held_out:]),
+    ):
+        if not documents.any():
+            raise UserError(
+                f"data.validation_fraction={fraction:g} leaves no text of data.corpora.{name} "
+                f"({len(lengths):,} documents) for {share}: add documents, or choose a share that "
+                "gives each side at least one"
+            )
+
+
+def _tokenizer(prefix: Path) -> dict[str, Any]:
+    """What the receipt says of the tokenizer; empty for token files that came without one."""
+    return (read_receipt(prefix) or {}).get("tokenizer", {})
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

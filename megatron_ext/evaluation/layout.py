@@ -1,0 +1,23 @@
+"""A run's config for evaluating it in another layout than the one it was trained in.
+
+    config = in_layout(config, tensor=2, pipeline=1)
+
+Refuses (ConfigError) a layout that does not divide the model. Needs no torch.
+"""
+
+from megatron_ext.config import Config
+from megatron_ext.config.rules import check_tensor
+
+
+def in_layout(config: Config, tensor: int, pipeline: int) -> Config:
+    """The same model on `tensor` x `pipeline` ranks. Raises ConfigError."""
+    layout = {
+        "world_size": tensor * pipeline,
+        "tensor": tensor,
+        "pipeline": pipeline,
+        # Saves memory only in training, and wants lengths that the ranks divide.
+        "sequence": False,
+    }
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=layout)})
+    check_tensor(config)
+    return config

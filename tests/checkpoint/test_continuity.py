@@ -1,0 +1,59 @@
+"""Which changes a resumed run may make."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.checkpoint.continuity import check_continues
+from megatron_ext.config import load_config
+from megatron_ext.data.corpora import fingerprint_of
+from megatron_ext.errors import UserError
+
+
+def record(config_file: Path, *settings: str) -> dict:
+    config = load_config(config_file, settings)
+    return {"config": config.model_dump(mode="json"), "data": fingerprint_of(config)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "rope.base=2e4",
+        "rope.scaling={type: linear, factor: 2}",
+        "model.num_layers=2",
+        "model.num_kv_heads=2",
+        "precision.dtype=bf16",
+        "parallel.distributed_optimizer=true",
+        "training.seed=1",
+        "training.steps=19",
+        "training.global_batch_size=16",
+        "training.sequence_length=32",
+        "data.corpora.library.weight=2",
+        "data.validation_fraction=0.2",
+    ],
+)
+def test_change_of_model_or_data_is_refused_by_name(change: str, config_file: Path) -> None:
+    with pytest.raises(UserError, match=r"set it back, or begin anew"):
+        check_continues(record(config_file), record(config_file, change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "parallel.tensor=2",
+        "training.micro_batch_size=2",
+        "optimizer.lr=1e-5",
+        "checkpoint.interval=3",
+        "rope.bound=warn",
+        "training.recompute=full",
+    ],
+)
+def test_layout_and_learning_rate_may_change(change: str, config_file: Path) -> None:
+    check_continues(record(config_file), record(config_file, change))
+
+
+def test_token_files_may_move(config_file: Path, corpus: Path, tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx", ".receipt.json"):
+        (tmp_path / f"moved{suffix}").write_bytes(Path(f"{corpus}{suffix}").read_bytes())
+    moved = record(config_file, f"data.corpora.library.path={tmp_path / 'moved'}")
+    check_continues(record(config_file), moved)

@@ -1,0 +1,130 @@
+"""The command line: exit codes, one-sentence refusals, quick start without heavy imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_tools.cli import EXAMPLES, build_parser, main
+
+from .conftest import write_jsonl
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_command_has_help_with_an_example(capsys) -> None:
+    for command in EXAMPLES:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"data-tools {command}" in capsys.readouterr().out.split("example")[1]
+
+
+def test_examples_are_valid_commands() -> None:
+    for text in EXAMPLES.values():
+        for line in text.splitlines()[1:]:
+            words = line.strip().split("| ")[-1].replace("'", "").split()
+            if words[0] == "data-tools":
+                build_parser().parse_args(words[1:])
+
+
+TOKENIZE = ["tokenize", "{x}", "--tokenizer", "{model}", "--output", "{out}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tokenize", "{none}", *TOKENIZE[2:]], "matches no file"),
+        (["tokenize", "{empty}", *TOKENIZE[2:]], "holds no"),
+        (["tokenize", "{x}", *TOKENIZE[1:]], "twice"),
+        (["tokenize", "{x}", "--tokenizer", "{none}", "--output", "{out}"], "does not exist"),
+        (["tokenize", "{x}", "--tokenizer", "{x}", "--output", "{out}"], "not a sentencepiece"),
+        (["tokenize", "{x}", "--tokenizer", "{blank}", "--output", "{out}"], "not a sentencepiece"),
+        (["tokenize", "{x}", "--tokenizer", "{json}", "--output", "{out}"], "not a Hugging Face"),
+        ([*TOKENIZE[:5], "{x}/y/z"], "cannot be written"),
+        ([*TOKENIZE, "--workers", "0"], "0"),
+        ([*TOKENIZE, "--task", "3/3"], "3/3"),
+        ([*TOKENIZE, "--task", "x"], "i/n"),
+        ([*TOKENIZE, "--max-rejected", "2.5"], "share"),
+        ([*TOKENIZE, "--min-tokens", "-1"], "negative"),
+        ([*TOKENIZE, "--text-key", ""], "empty"),
+        ([*TOKENIZE, "--eod-token", "<eod>"], "not in the vocabulary"),
+        (["train-tokenizer", "{x}", "--vocab-size", "100", "--output", "{out}"], "300"),
+        (["train-tokenizer", "{x}", "--vocab-size", "90000", "--output", "{out}"], "smaller"),
+        (["inspect", "{none}"], "does not exist"),
+        (["lengths", "{none}", "--contexts", "many"], "numbers"),
+        (["merge", "{none}", "--output", "{out}"], "matches none"),
+        (["split", "{none}", "--shares", "x"], "NAME=SHARE"),
+        (["download", "{none}", "--output", "{out}"], "cannot be read"),
+        (["dedup", "-", "--report", "{out}"], "twice"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_exit_code_2(
+    model: str, tmp_path: Path, capsys, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank").write_bytes(b"")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    names = {
+        "model": model,
+        "x": write_jsonl(tmp_path / "x.jsonl", ["some text"] * 3),
+        "none": tmp_path / "none",
+        "out": tmp_path / "out",
+        "empty": tmp_path / "empty",
+        "blank": tmp_path / "blank",
+        "json": tmp_path / "tokenizer.json",
+    }
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1 and "Traceback" not in message
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_nothing_heavy_is_imported(model: str, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", ["some text"])
+    script = (
+        "import sys\n"
+        "from data_tools.cli import main\n"
+        f"assert main(['tokenize', {str(source)!r}, '--tokenizer', {model!r}, "
+        f"'--output', {str(tmp_path / 'out')!r}, '--workers', '1']) == 0\n"
+        "print([m for m in ('torch', 'transformers', 'megatron', 'megatron_ext', 'pyarrow')"
+        " if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True)
+    assert done.stdout.splitlines()[-1] == b"[]"
+
+
+def test_the_demo_commands(tmp_path: Path, capsys) -> None:
+    library = Path(subprocess.__file__).read_text()
+    files = [str(write_jsonl(tmp_path / "x.jsonl", [library[i::7] for i in range(7)]))]
+    model, corpus = str(tmp_path / "data/tokenizer.model"), str(tmp_path / "data/corpus")
+    for done in ("written", "already done"):
+        assert main(["train-tokenizer", *files, "--vocab-size", "500", "--output", model]) == 0
+        assert done in capsys.readouterr().out
+        assert (
+            main(["tokenize", *files, "--tokenizer", model, "--output", corpus, "--append-eod"])
+            == 0
+        )
+        assert done in capsys.readouterr().out
+
+
+def test_interrupted_by_a_signal_it_says_how_to_go_on(model: str, tmp_path: Path) -> None:
+    import signal
+    import time
+
+    source = write_jsonl(tmp_path / "x.jsonl", ["word " * 1000] * 8_000)
+    command = [sys.executable, "-m", "data_tools", "tokenize", str(source), "--tokenizer", model]
+    command += ["--output", str(tmp_path / "out"), "--workers", "2", "--quiet"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("out.work/plan.json")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert message == "interrupted: the same command goes on where it was\n"
+    assert not (tmp_path / "out.bin").exists()
+    assert main([*command[3:]]) == 0

@@ -1,0 +1,244 @@
+"""Bad input of every kind: nothing good is lost, everything bad is named, loss is never silent.
+
+Files of 100 documents with one bad record after 50: on these Megatron-LM's preprocess_data.py
+hangs, preprocess_data_fast.py drops the second half with exit code 0, others the whole buffer.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from data_tools.cli import main
+from data_tools.errors import Failure
+from data_tools.options import Options
+from data_tools.tokenization import tokenize
+from data_tools.tokenizer import Tokenizer
+
+from .conftest import documents, expected, write_compressed
+
+GOOD = [f"document number {i}" for i in range(100)]
+LINES = [json.dumps({"text": text}).encode() for text in GOOD]
+
+BAD_LINES = [
+    (b'{"text": "truncated', "not JSON"),
+    (b'{"content": "x"}', "no text key"),
+    (b'{"text": null}', "text is not a string"),
+    (b'{"text": 7}', "text is not a string"),
+    (b'{"text": ["a"]}', "text is not a string"),
+    (b'["text"]', "not a JSON object"),
+    (b'"text"', "not a JSON object"),
+    (b'{"text": "\\ud800"}', "lone surrogate in text"),
+    (b'{"text": "a\xff"}', "invalid UTF-8"),
+    (b"\xff\xfe\x00", "invalid UTF-8"),
+    (b'{"text": "a"} {"text": "b"}', "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b'{"text": "a\x00b"}', "not JSON"),
+    (b"\x00" * 50, "not JSON"),
+]
+HARMLESS_LINES = [(b"", "blank line"), (b" \t\r", "blank line"), (b'{"text": ""}', "empty text")]
+
+
+def write(path: Path, bad: bytes) -> int:
+    """The file; returns the byte offset of the bad line."""
+    head = b"".join(line + b"\n" for line in LINES[:50])
+    write_compressed(path, head + bad + b"\n" + b"".join(line + b"\n" for line in LINES[50:]))
+    return len(head)
+
+
+@pytest.mark.parametrize("ending", ["", ".zst"])
+@pytest.mark.parametrize(("bad", "reason"), BAD_LINES + HARMLESS_LINES)
+def test_one_bad_line_costs_one_line(
+    model: str, tokenizer: Tokenizer, tmp_path: Path, bad: bytes, reason: str, ending: str
+) -> None:
+    offset = write(tmp_path / f"x.jsonl{ending}", bad)
+    source = str(tmp_path / f"x.jsonl{ending}")
+    receipt = tokenize([source], model, tmp_path / "out", max_rejected="1%")
+    assert documents(tmp_path / "out") == expected(tokenizer, GOOD)
+    assert receipt["counts"]["rejected"] == {reason: 1}
+    (record,) = (tmp_path / "out.rejected.jsonl").read_text().splitlines()
+    assert json.loads(record) == {
+        "file": source,
+        "line": 51,
+        "offset": offset,
+        "bytes": len(bad),
+        "reason": reason,
+    }
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_LINES)
+def test_more_bad_lines_than_allowed_is_exit_code_2(
+    model: str, tokenizer: Tokenizer, tmp_path: Path, capsys, bad: bytes, reason: str
+) -> None:
+    write(tmp_path / "x.jsonl", bad)
+    command = ["tokenize", str(tmp_path / "x.jsonl"), "--tokenizer", model]
+    command += ["--output", str(tmp_path / "out"), "--workers", "1", "--quiet"]
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert "1 of 101 lines" in message and reason in message and "out.rejected.jsonl" in message
+    assert "Traceback" not in message and message.count("\n") == 1
+    assert not (tmp_path / "out.bin").exists() and not (tmp_path / "out.idx").exists()
+    # Allowed more, the kept work is completed.
+    assert main([*command, "--max-rejected", "1"]) == 0
+    assert documents(tmp_path / "out") == expected(tokenizer, GOOD)
+
+
+@pytest.mark.parametrize("bad", [line for line, _ in HARMLESS_LINES])
+def test_lines_without_text_are_no_loss(model: str, tmp_path: Path, bad: bytes) -> None:
+    write(tmp_path / "x.jsonl", bad)
+    tokenize([str(tmp_path / "x.jsonl")], model, tmp_path / "out", max_rejected="0")
+    assert len(documents(tmp_path / "out")) == 100
+
+
+def test_what_only_looks_bad_is_kept(model: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A byte order mark, NaN and lone surrogates in meta, odd spacing: Python's json reads them."""
+    lines = [
+        b'\xef\xbb\xbf{"text": "a"}',
+        b'{"text": "b", "meta": {"score": NaN, "big": 1e999}}',
+        b'{"meta": "\\ud800", "text": "c"}',
+        b'  {"text": "d"}  \r',
+        b'{"text": "no", "text": "e"}',
+        b'{"text": "\\u0000\\ud83d\\ude42"}',
+        b'{"raw_content": "g"}',
+    ]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
+    tokenize([str(tmp_path / "x.jsonl")], model, tmp_path / "out", max_rejected="0")
+    texts = ["a", "b", "c", "d", "e", "\x00🙂", "g"]
+    assert documents(tmp_path / "out") == expected(tokenizer, texts)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("spooled", [False, True])
+def test_a_truncated_archive_is_an_error_that_names_it(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ending: str, keep: float, spooled: bool,
+) -> None:  # fmt: skip
+    if spooled:
+        monkeypatch.setattr("data_tools.shares._SMALL_BYTES", -1)
+    path = tmp_path / f"x.jsonl{ending}"
+    write_compressed(path, b"".join(line + b"\n" for line in LINES * 10))
+    data = path.read_bytes()
+    path.write_bytes(data[: min(int(len(data) * keep), len(data) - 1)])
+    with pytest.raises(Failure, match=r"x\.jsonl.*(truncated|corrupt)"):
+        tokenize([str(path)], model, tmp_path / "out", max_rejected="1.0")
+    assert not (tmp_path / "out.bin").exists()
+    assert not (tmp_path / "out.receipt.json").exists()
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
+def test_archives_of_several_members_are_read_to_the_end(
+    model: str, tokenizer: Tokenizer, tmp_path: Path, ending: str
+) -> None:
+    members = b""
+    for i in range(0, 100, 25):
+        write_compressed(tmp_path / f"x{ending}", b"".join(x + b"\n" for x in LINES[i : i + 25]))
+        members += (tmp_path / f"x{ending}").read_bytes()
+    (tmp_path / f"x.jsonl{ending}").write_bytes(members)
+    tokenize([str(tmp_path / f"x.jsonl{ending}")], model, tmp_path / "out")
+    assert documents(tmp_path / "out") == expected(tokenizer, GOOD)
+
+
+def test_zstd_frames_without_size_with_checksum_skippable_and_a_long_window(
+    model: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    data = b"".join(line + b"\n" for line in LINES[:50])
+    streamed = zstandard.ZstdCompressor(write_checksum=True).compressobj()
+    window = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    skippable = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
+    wide = zstandard.ZstdCompressor(compression_params=window).compressobj()
+    content = (
+        skippable
+        + streamed.compress(data)
+        + streamed.flush()
+        + wide.compress(b"".join(line + b"\n" for line in LINES[50:]))
+        + wide.flush()
+        + skippable
+    )
+    (tmp_path / "x.jsonl.zst").write_bytes(content)
+    tokenize([str(tmp_path / "x.jsonl.zst")], model, tmp_path / "out")
+    assert documents(tmp_path / "out") == expected(tokenizer, GOOD)
+
+
+def test_a_flipped_bit_in_a_checked_archive_is_an_error(model: str, tmp_path: Path) -> None:
+    data = b"".join(line + b"\n" for line in LINES * 10)
+    archives = {".gz": gzip.compress(data)}
+    archives[".zst"] = zstandard.ZstdCompressor(write_checksum=True).compress(data)
+    for ending, content in archives.items():
+        for place in range(20, len(content), max(1, len(content) // 40)):
+            damaged = bytearray(content)
+            damaged[place] ^= 0x10
+            (tmp_path / f"x.jsonl{ending}").write_bytes(damaged)
+            with pytest.raises(Failure, match=r"x\.jsonl"):
+                tokenize(
+                    [str(tmp_path / f"x.jsonl{ending}")], model, tmp_path / "out", overwrite=True
+                )
+
+
+def test_a_name_that_contradicts_the_content_is_an_error(model: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl.gz").write_bytes(LINES[0])
+    with pytest.raises(Failure, match="misnamed"):
+        tokenize([str(tmp_path / "x.jsonl.gz")], model, tmp_path / "out")
+
+
+def test_a_compressed_file_without_the_ending_is_understood(
+    model: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "x.jsonl").write_bytes(gzip.compress(LINES[0]))
+    tokenize([str(tmp_path / "x.jsonl")], model, tmp_path / "out")
+    assert documents(tmp_path / "out") == expected(tokenizer, GOOD[:1])
+
+
+def test_a_plain_file_cut_in_the_middle_is_accounted_for(model: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(LINES)[:-5])
+    receipt = tokenize([str(tmp_path / "x.jsonl")], model, tmp_path / "out", max_rejected="1")
+    assert receipt["counts"]["documents"] == 99
+    assert receipt["counts"]["rejected"] == {"not JSON": 1}
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_an_over_long_line_is_named_and_the_rest_kept(
+    model: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr("data_tools.shares._SMALL_BYTES", 0)
+    long = json.dumps({"text": "a" * 300_000}).encode()
+    for part_bytes in (100, 5000, 1 << 20):
+        offset = write(tmp_path / f"x.jsonl{ending}", long)
+        prefix = tmp_path / f"out{part_bytes}"
+        options = Options(part_bytes=part_bytes, max_line_bytes=2000)
+        tokenize([str(tmp_path / f"x.jsonl{ending}")], model, prefix, options, max_rejected="1")
+        assert documents(prefix) == expected(tokenizer, GOOD)
+        record = json.loads(Path(f"{prefix}.rejected.jsonl").read_text())
+        assert (record["line"], record["offset"], record["bytes"]) == (51, offset, len(long))
+        assert record["reason"] == "line too long"
+
+
+def test_hopeless_input_stops_early(model: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"body": "x"}\n' * 60_000)
+    command = ["tokenize", str(tmp_path / "x.jsonl"), "--tokenizer", model, "--quiet"]
+    assert main([*command, "--output", str(tmp_path / "out"), "--workers", "1"]) == 2
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import data_tools.workers
+
+    path = tmp_path / "x.jsonl"
+    write(path, LINES[0])
+    real = data_tools.workers.encode_part
+
+    def change(part, options, worker):
+        result = real(part, options, worker)
+        with open(path, "ab") as stream:
+            stream.write(b"more\n")
+        return result
+
+    monkeypatch.setattr(data_tools.workers, "encode_part", change)
+    with pytest.raises(Failure, match="changed while it was read"):
+        tokenize([str(path)], model, tmp_path / "out")
+    assert not (tmp_path / "out.bin").exists()

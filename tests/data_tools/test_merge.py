@@ -1,0 +1,131 @@
+"""`merge`: the same bytes as one run, refusals, damage noticed on the way, flat memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools import indexed
+from data_tools.errors import Failure, UserError
+from data_tools.merge import find_prefixes, merge
+from data_tools.options import Options
+from data_tools.receipt import receipt_path
+from data_tools.tokenization import tokenize
+from data_tools.verification import verify
+
+from .conftest import documents, write_jsonl
+
+megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+
+
+@pytest.fixture
+def pairs(model: str, tmp_path: Path) -> list[str]:
+    made = []
+    for name in "abc":
+        source = write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i} text" for i in range(30)])
+        tokenize([str(source)], model, tmp_path / name)
+        made.append(str(tmp_path / name))
+    return made
+
+
+def test_megatron_merges_to_the_same_bytes(pairs: list[str], tmp_path: Path) -> None:
+    merge(pairs, tmp_path / "ours")
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for prefix in pairs:
+        builder.add_index(prefix)
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for ending in ("bin", "idx"):
+        theirs = (tmp_path / f"theirs.{ending}").read_bytes()
+        assert (tmp_path / f"ours.{ending}").read_bytes() == theirs
+    assert verify(tmp_path / "ours") == []
+
+
+def test_what_megatron_wrote_can_be_merged(tmp_path: Path) -> None:
+    for name in "ab":
+        builder = megatron.IndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), dtype=np.int32)
+        builder.add_document(np.arange(70_000, 70_007), [7])
+        builder.finalize(str(tmp_path / f"{name}.idx"))
+    merge([str(tmp_path / "*.idx")], tmp_path / "out")
+    assert documents(tmp_path / "out") == [list(range(70_000, 70_007))] * 2
+
+
+def test_mixtures_are_refused(
+    pairs: list[str], model: str, huggingface: str, tmp_path: Path
+) -> None:
+    source = str(tmp_path / "a.jsonl")
+    tokenize([source], huggingface, tmp_path / "other")
+    with pytest.raises(UserError, match="tokenizer's hash"):
+        merge([*pairs, str(tmp_path / "other")], tmp_path / "out")
+    tokenize([source], model, tmp_path / "bare", Options(append_eod=False))
+    with pytest.raises(UserError, match="append_eod"):
+        merge([*pairs, str(tmp_path / "bare")], tmp_path / "out")
+    with pytest.raises(UserError, match="twice"):
+        merge([*pairs, pairs[0]], tmp_path / "out")
+    with pytest.raises(UserError, match="matches none"):
+        merge([str(tmp_path / "nothing*.idx")], tmp_path / "out")
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "wide.bin"), dtype=np.int32)
+    builder.add_document(np.arange(7), [7])
+    builder.finalize(str(tmp_path / "wide.idx"))
+    with pytest.raises(UserError, match="int32"):
+        merge([*pairs, str(tmp_path / "wide")], tmp_path / "out")
+    receipt_path(pairs[1]).unlink()
+    with pytest.raises(UserError, match="receipt"):
+        merge(pairs, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("fault", ["flip", "cut", "grow", "pointer"])
+def test_a_damaged_input_is_noticed(pairs: list[str], tmp_path: Path, fault: str) -> None:
+    bin_path, idx_path = indexed.paths(pairs[1])
+    data, index = bytearray(bin_path.read_bytes()), bytearray(idx_path.read_bytes())
+    if fault == "flip":
+        data[100] ^= 1
+    elif fault == "cut":
+        del data[-10:]
+    elif fault == "grow":
+        data += b"12"
+    else:
+        index[indexed.HEADER_BYTES + 30 * 4 + 8 * 5] ^= 2
+    bin_path.write_bytes(data)
+    idx_path.write_bytes(index)
+    with pytest.raises(Failure, match=r"/b\."):
+        merge(pairs, tmp_path / "out")
+    assert not (tmp_path / "out.bin").exists()
+
+
+def test_globs_are_sorted_and_a_second_run_does_nothing(pairs: list[str], tmp_path: Path) -> None:
+    assert find_prefixes([str(tmp_path / "?.idx")]) == pairs
+    assert merge(pairs, tmp_path / "out")["reused"] is False
+    assert merge(pairs, tmp_path / "out")["reused"] is True
+    with pytest.raises(UserError, match="--overwrite"):
+        merge(pairs[:2], tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_documents(tmp_path: Path) -> None:
+    """Three million documents take 60 MB of index; merging them takes a fixed amount."""
+    peaks = []
+    for count in (10_000, 3_000_000):
+        prefix = tmp_path / f"n{count}"
+        bin_path, idx_path = indexed.paths(prefix)
+        np.ones(count, dtype=np.uint16).tofile(bin_path)
+        with open(idx_path, "wb") as stream:
+            indexed.write_index(stream, np.uint16, np.ones(count, dtype=np.int32))
+        script = (
+            "import resource, sys\n"
+            "from data_tools.merge import merge\n"
+            "merge([sys.argv[1]], sys.argv[2])\n"
+            "print(open('/proc/self/status').read().split('RssAnon:')[1].split()[0],"
+            " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        )
+        command = [sys.executable, "-c", script, str(prefix), f"{prefix}-out"]
+        root = Path(__file__).parents[2]
+        peaks.append(
+            subprocess.run(command, cwd=root, check=True, capture_output=True).stdout.split()
+        )
+    # Pages of memory-mapped input are the system's; ours stay below one chunk's 100 MB.
+    assert int(peaks[1][0]) - int(peaks[0][0]) < 30_000
+    assert int(peaks[1][1]) - int(peaks[0][1]) < 160_000

@@ -1,0 +1,511 @@
+"""`tokenize` as a whole: the same bytes however the work is cut, resumption, receipts, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_tools.corpus import find_sources
+from data_tools.errors import Failure, UserError
+from data_tools.merge import merge
+from data_tools.options import Options
+from data_tools.receipt import is_intact, read_receipt
+from data_tools.tokenization import tokenize
+from data_tools.tokenizer import Tokenizer
+from data_tools.verification import verify
+
+from .conftest import documents, expected, library_text, shared, write_compressed, write_jsonl
+
+ENDINGS = ("", ".gz", ".zst", ".bz2", ".xz")
+SMALL = Options(part_bytes=4096)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Some 300 documents of 1 to 5,000 characters, with every kind of newline and letter."""
+    rng = random.Random(5)
+    source = "\n".join(library_text()[:3]) + "東京 naïve 🙂\r\n\u2028" * 30
+    made = []
+    for _ in range(300):
+        start = rng.randrange(len(source) - 5000)
+        made.append(source[start : start + int(10 ** rng.uniform(0, 3.7))])
+    return made
+
+
+def read_lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def outputs(prefix: Path) -> tuple[bytes, bytes]:
+    return prefix.with_name(prefix.name + ".bin").read_bytes(), prefix.with_name(
+        prefix.name + ".idx"
+    ).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def reference(texts: list[str], model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted run in one piece."""
+    folder = tmp_path_factory.mktemp("reference")
+    write_jsonl(folder / "c4.jsonl", texts)
+    tokenize([str(folder / "c4.jsonl")], model, folder / "out")
+    return folder
+
+
+def test_ids_are_those_of_the_library(
+    reference: Path, texts: list[str], tokenizer: Tokenizer
+) -> None:
+    assert documents(reference / "out") == expected(tokenizer, texts)
+    assert verify(reference / "out") == []
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(("part_bytes", "workers"), [(1024, 1), (5000, 2), (1 << 20, 3)])
+def test_bytes_do_not_depend_on_parts_workers_or_compression(
+    reference: Path, texts: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ending: str, part_bytes: int, workers: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("data_tools.shares._SMALL_BYTES", 0)  # compressed files are spooled too
+    write_jsonl(tmp_path / f"c4.jsonl{ending}", texts)
+    options = Options(part_bytes=part_bytes)
+    tokenize([str(tmp_path)], model, tmp_path / "out", options, workers=workers)
+    assert outputs(tmp_path / "out") == outputs(reference / "out")
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("tasks", [2, 5])
+def test_tasks_merge_to_the_same_bytes_and_counts(
+    reference: Path, texts: list[str], model: str, tmp_path: Path, ending: str, tasks: int
+) -> None:
+    for i in range(4):
+        write_jsonl(tmp_path / f"{i}-c4.jsonl{ending}", texts[75 * i : 75 * (i + 1)])
+    for i in range(tasks):
+        tokenize([str(tmp_path)], model, tmp_path / f"t{i}", Options(task=(i, tasks)))
+    receipt = merge([str(tmp_path / f"t{i}") for i in range(tasks)], tmp_path / "out")
+    assert outputs(tmp_path / "out") == outputs(reference / "out")
+    whole = read_receipt(reference / "out")
+    assert whole is not None
+    assert receipt["counts"] == whole["counts"]
+    assert receipt["lengths"] == whole["lengths"]
+    with pytest.raises(UserError, match="missing"):
+        merge([str(tmp_path / f"t{i}") for i in range(1, tasks)], tmp_path / "part")
+    with pytest.raises(UserError, match="order"):
+        merge([str(tmp_path / f"t{i}") for i in reversed(range(tasks))], tmp_path / "part")
+
+
+def test_shards_merge_to_the_same_bytes(reference: Path, model: str, tmp_path: Path) -> None:
+    options = Options(shard_tokens=20_000, part_bytes=4096)
+    receipt = tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", options)
+    pairs = receipt["outputs"]["pairs"]
+    assert len(pairs) > 3
+    assert all(pair["tokens"] >= 20_000 for pair in pairs[:-1])
+    assert verify(tmp_path / "out") == []
+    assert verify(tmp_path / pairs[1]["prefix"]) == []
+    merge([str(tmp_path / pair["prefix"]) for pair in pairs], tmp_path / "merged")
+    assert outputs(tmp_path / "merged") == outputs(reference / "out")
+
+
+def test_a_seed_shuffles_documents_reproducibly(
+    reference: Path, model: str, tmp_path: Path
+) -> None:
+    source = str(reference / "c4.jsonl")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        tokenize([source], model, tmp_path / name, Options(seed=seed, part_bytes=4096))
+    assert outputs(tmp_path / "a") == outputs(tmp_path / "b") != outputs(tmp_path / "c")
+    assert documents(tmp_path / "a") != documents(reference / "out")
+    assert sorted(documents(tmp_path / "a")) == sorted(documents(reference / "out"))
+    merge([str(reference / "out")], tmp_path / "m", seed=1)
+    assert outputs(tmp_path / "m") == outputs(tmp_path / "a")
+    assert verify(tmp_path / "a") == []
+
+
+def test_hugging_face_twin_gives_the_same_files(
+    reference: Path, huggingface: str, tmp_path: Path
+) -> None:
+    tokenize([str(reference / "c4.jsonl")], huggingface, tmp_path / "out")
+    assert outputs(tmp_path / "out") == outputs(reference / "out")
+
+
+def test_without_the_kernel_the_files_are_the_same(
+    reference: Path, model: str, tmp_path: Path
+) -> None:
+    tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", fast=False, workers=2)
+    assert outputs(tmp_path / "out") == outputs(reference / "out")
+
+
+def test_bos_eod_and_shortest_length(model: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", ["a", "hello world, this is long", "b"])
+    options = Options(append_eod=False, prepend_bos=True, min_tokens=3)
+    receipt = tokenize([str(tmp_path / "x.jsonl")], model, tmp_path / "out", options)
+    assert documents(tmp_path / "out") == [
+        [tokenizer.bos_id, *tokenizer.encode("hello world, this is long").tolist()]
+    ]
+    assert receipt["counts"]["rejected"] == {"fewer than --min-tokens tokens": 2}
+    rejected = read_lines_of(tmp_path / "out.rejected.jsonl")
+    assert [record["line"] for record in rejected] == [1, 3]
+
+
+def test_parquet_gives_the_same_files(
+    reference: Path, texts: list[str], model: str, tmp_path: Path
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "c4.parquet", row_group_size=70)
+    tokenize([str(tmp_path / "c4.parquet")], model, tmp_path / "out", workers=2)
+    assert outputs(tmp_path / "out") == outputs(reference / "out")
+    data = (tmp_path / "c4.parquet").read_bytes()
+    (tmp_path / "c4.parquet").write_bytes(data[: len(data) // 2])
+    with pytest.raises(Failure, match=r"c4\.parquet"):
+        tokenize([str(tmp_path / "c4.parquet")], model, tmp_path / "cut")
+
+
+def test_receipt_says_what_went_in_and_out(
+    texts: list[str], model: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "arxiv_1.jsonl", texts[:10])
+    write_jsonl(tmp_path / "book.jsonl.zst", [*texts[10:20], "a literal <s> and </s></s>", ""])
+    write_jsonl(tmp_path / "mixed.jsonl", texts[20:22], red_pajama_subset="github")
+    receipt = tokenize([str(tmp_path)], model, tmp_path / "out", max_rejected="0")
+    assert receipt == {**(read_receipt(tmp_path / "out") or {}), "reused": False}
+    assert is_intact({k: v for k, v in receipt.items() if k != "reused"})
+    counts = receipt["counts"]
+    kept = [*texts[:20], "a literal <s> and </s></s>", *texts[20:22]]
+    assert counts["documents"] == len(kept) == len(documents(tmp_path / "out"))
+    assert counts["characters"] == sum(map(len, kept))
+    assert counts["bytes"] == sum(len(text.encode()) for text in kept)
+    assert counts["tokens"] == sum(map(len, expected(tokenizer, kept)))
+    assert counts["rejected"] == {"empty text": 1}
+    literal = {
+        token: n
+        for token in ("<s>", "</s>", "<unk>")
+        if (n := sum(text.count(token) for text in kept))
+    }
+    assert counts["literal_control_tokens"] == literal
+    assert {name: c["documents"] for name, c in counts["slices"].items()} == {
+        "arxiv": 10,
+        "book": 11,
+        "github": 2,
+    }
+    assert receipt["tokenizer"]["vocab_size"] == 1000
+    assert receipt["tokenizer"]["eod_id"] == 2
+    assert receipt["tokenizer"]["hash"] == tokenizer.hash
+    xxhash = pytest.importorskip("xxhash")
+    for entry in (*receipt["inputs"], *(receipt["outputs"]["pairs"][0][e] for e in ("bin", "idx"))):
+        data = (tmp_path / entry["path"]).read_bytes()
+        assert (entry["size"], entry["checksum"]) == (
+            len(data),
+            f"xxh128:{xxhash.xxh3_128_hexdigest(data)}",
+        )
+
+
+def test_a_finished_command_is_left_alone(
+    texts: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", texts[:20])
+    first = tokenize([str(source)], model, tmp_path / "out")
+    before = os.stat(tmp_path / "out.bin").st_mtime_ns
+    # Written again with the same content it is the same input.
+    os.utime(source, ns=(1, 1))
+    again = tokenize([str(source)], model, tmp_path / "out")
+    assert again == {**first, "reused": True}
+    assert os.stat(tmp_path / "out.bin").st_mtime_ns == before
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_another_command_does_not_replace_a_finished_one(
+    texts: list[str], model: str, tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", texts[:20])
+    tokenize([str(source)], model, tmp_path / "out")
+    before = outputs(tmp_path / "out")
+    with pytest.raises(UserError, match="--overwrite"):
+        tokenize([str(source)], model, tmp_path / "out", Options(append_eod=False))
+    write_jsonl(source, texts[:19])
+    with pytest.raises(UserError, match="--overwrite"):
+        tokenize([str(source)], model, tmp_path / "out")
+    assert outputs(tmp_path / "out") == before
+    receipt = tokenize([str(source)], model, tmp_path / "out", overwrite=True)
+    assert receipt["counts"]["documents"] == 19
+    assert verify(tmp_path / "out") == []
+
+
+class Killed(BaseException):
+    """Stands for a killed process: nothing may catch it and tidy up into a whole result."""
+
+
+def test_stopped_at_any_file_operation_it_goes_on(
+    reference: Path, texts: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rename, truncation, removal and fsync in turn is the last thing that happens."""
+    monkeypatch.setattr("data_tools.assembly.COMMIT_S", 0.0)
+    monkeypatch.setattr("data_tools.shares._SMALL_BYTES", 0)
+    write_jsonl(tmp_path / "a-c4.jsonl", texts[:200])
+    write_jsonl(tmp_path / "b-c4.jsonl.gz", texts[200:])
+    options = Options(part_bytes=32_000)
+    real = {name: getattr(os, name) for name in ("replace", "truncate", "unlink", "fsync", "rmdir")}
+    left = [0]
+
+    def wrap(name: str, before: bool):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0 and before:
+                raise Killed
+            result = real[name](*args, **kwargs)
+            if left[0] == 0:
+                raise Killed
+            return result
+
+        return call
+
+    stops = 0
+    for before in (True, False):
+        for name in real:
+            monkeypatch.setattr(os, name, wrap(name, before))
+        step = 1
+        while True:
+            prefix = tmp_path / f"out-{before}-{step}"
+            left[0] = step
+            try:
+                tokenize([str(tmp_path / "*c4*")], model, prefix, options)
+            except Killed:
+                stops += 1
+                left[0] = -1
+                tokenize([str(tmp_path / "*c4*")], model, prefix, options)
+                assert outputs(prefix) == outputs(reference / "out"), step
+                assert verify(prefix) == []
+                step += 7 if step > 12 else 1
+            else:
+                break
+    assert stops > 15
+
+
+RUN = """
+import sys
+from pathlib import Path
+import data_tools.assembly, data_tools.shares
+data_tools.assembly.COMMIT_S = 0.02
+data_tools.shares._SMALL_BYTES = 0
+from data_tools.options import Options
+from data_tools.tokenization import tokenize
+folder, model, workers = sys.argv[1:]
+tokenize([folder], model, Path(folder, "out"), Options(part_bytes=20_000), workers=int(workers))
+"""
+
+
+def kill_and_resume(kills: int, texts: list[str], model: str, tmp_path: Path, whole: Path) -> int:
+    """Kill runs at random moments until there were `kills`; every result must be the whole one."""
+    rng = random.Random(kills)
+    done = runs = 0
+    while done < kills:
+        runs += 1
+        folder = tmp_path / f"run{runs}"
+        folder.mkdir()
+        write_jsonl(folder / "a-c4.jsonl", texts[: len(texts) // 2])
+        write_jsonl(folder / "b-c4.jsonl.zst", texts[len(texts) // 2 :])
+        command = [sys.executable, "-c", RUN, str(folder), model, str(1 + runs % 3)]
+        patience = 0.3
+        while True:
+            # Later kills come later, so that a slow machine gets past its start-up.
+            patience *= 1.2
+            limit = rng.uniform(0.2, 1.0) + patience if done < kills else None
+            process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+            try:
+                _, errors = process.communicate(timeout=limit)
+                assert process.returncode == 0, errors.decode()
+                break
+            except subprocess.TimeoutExpired:
+                # Half of the time only the parent dies and the workers are orphans for a moment.
+                if rng.random() < 0.5:
+                    process.kill()
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                done += 1
+        assert outputs(folder / "out") == outputs(whole)
+        assert verify(folder / "out") == []
+        assert not (folder / "out.work").exists()
+    return runs
+
+
+def many(texts: list[str], times: int) -> list[str]:
+    return [f"{i} {text}" for i in range(times) for text in texts]
+
+
+def test_killed_and_started_again_the_bytes_are_the_same(
+    texts: list[str], model: str, tmp_path: Path
+) -> None:
+    lots = many(texts, 4)
+    write_jsonl(tmp_path / "c4.jsonl", lots)
+    tokenize([str(tmp_path / "c4.jsonl")], model, tmp_path / "whole")
+    kill_and_resume(4, lots, model, tmp_path, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_fifty_kills(texts: list[str], model: str, tmp_path: Path, capsys) -> None:
+    lots = many(texts, 40)
+    write_jsonl(tmp_path / "c4.jsonl", lots)
+    tokenize([str(tmp_path / "c4.jsonl")], model, tmp_path / "whole")
+    runs = kill_and_resume(60, lots, model, tmp_path, tmp_path / "whole")
+    with capsys.disabled():
+        print(
+            f"\n60 kills over {runs} runs of {len(lots):,} documents: every result byte-identical"
+        )
+
+
+def test_a_dead_worker_ends_the_run_and_nothing_is_lost(
+    reference: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import data_tools.workers
+
+    real = data_tools.workers.encode_part
+
+    def die(part, options, worker):
+        if part.number == 7 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(part, options, worker)
+
+    monkeypatch.setattr(data_tools.workers, "encode_part", die)
+    source = [str(reference / "c4.jsonl")]
+    started = time.monotonic()
+    with pytest.raises(Failure, match="worker process died"):
+        tokenize(source, model, tmp_path / "out", SMALL, workers=2)
+    assert time.monotonic() - started < 60
+    tokenize(source, model, tmp_path / "out", SMALL, workers=2)
+    assert outputs(tmp_path / "out") == outputs(reference / "out")
+
+
+def test_two_commands_on_one_output_are_refused(
+    texts: list[str], model: str, tmp_path: Path
+) -> None:
+    import fcntl
+
+    source = write_jsonl(tmp_path / "x.jsonl", texts[:5])
+    (tmp_path / "out.work").mkdir()
+    with open(tmp_path / "out.work" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another data-tools"):
+            tokenize([str(source)], model, tmp_path / "out")
+
+
+def test_standard_input(texts: list[str], model: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", texts[:50])
+    command = [sys.executable, "-m", "data_tools", "tokenize", "-", "--tokenizer", model]
+    command += ["--output", str(tmp_path / "out"), "--quiet"]
+    root = Path(__file__).parents[2]
+    subprocess.run(command, input=source.read_bytes(), check=True, cwd=root)
+    assert documents(tmp_path / "out") == expected(tokenizer, texts[:50])
+
+
+def test_eod_is_refused_where_the_tokenizer_names_none(
+    huggingface: str, texts: list[str], tmp_path: Path
+) -> None:
+    spec = Path(huggingface, "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(spec)
+    source = write_jsonl(tmp_path / "x.jsonl", texts[:5])
+    with pytest.raises(UserError, match="--eod-token"):
+        tokenize([str(source)], tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="not in the vocabulary"):
+        tokenize([str(source)], tmp_path, tmp_path / "out", eod_token="<eos>")
+    assert not list(tmp_path.glob("out*"))
+    receipt = tokenize([str(source)], tmp_path, tmp_path / "out", eod_token="</s>")
+    assert receipt["tokenizer"]["eod_id"] == 2
+    tokenize([str(source)], tmp_path, tmp_path / "bare", Options(append_eod=False))
+    assert all(len(d) for d in documents(tmp_path / "bare"))
+
+
+def test_int32_where_the_vocabulary_needs_it(
+    huggingface: str, texts: list[str], tmp_path: Path
+) -> None:
+    """The same vocabulary with ids beyond 65,500: Megatron's rule asks for int32."""
+    spec = json.loads(Path(huggingface, "tokenizer.json").read_text())
+    spec["model"]["vocab"]["<extra>"] = 70_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    source = write_jsonl(tmp_path / "x.jsonl", texts[:50])
+    receipt = tokenize([str(source)], tmp_path, tmp_path / "out", eod_token="</s>")
+    assert receipt["outputs"]["dtype"] == "int32"
+    tokenize([str(source)], huggingface, tmp_path / "small")
+    assert documents(tmp_path / "out") == documents(tmp_path / "small")
+
+
+def test_no_documents_give_a_valid_empty_pair(model: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"")
+    receipt = tokenize([str(tmp_path / "x.jsonl")], model, tmp_path / "out")
+    assert receipt["counts"]["documents"] == 0
+    assert verify(tmp_path / "out") == []
+    assert documents(tmp_path / "out") == []
+
+
+def test_byte_ranges_of_crlf_and_unterminated_files(
+    model: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": f"document {i}"}).encode() for i in range(40)]
+    for name, data in (("a", b"\r\n".join(lines) + b"\r\n"), ("b", b"\n".join(lines))):
+        write_compressed(tmp_path / f"{name}.jsonl", data)
+        for part_bytes in (1, 7, 23, 24, 25, 100):
+            prefix = tmp_path / f"{name}{part_bytes}"
+            options = Options(part_bytes=part_bytes)
+            tokenize([str(tmp_path / f"{name}.jsonl")], model, prefix, options)
+            assert documents(prefix) == expected(tokenizer, [f"document {i}" for i in range(40)])
+
+
+@pytest.mark.slow
+def test_memory_stays_bounded_on_a_line_of_four_gigabytes(model: str, tmp_path: Path) -> None:
+    good = json.dumps({"text": "good"}).encode() + b"\n"
+    with open(tmp_path / "x.jsonl", "wb") as stream:
+        stream.write(good)
+        stream.write(b'{"text": "')
+        stream.seek(4 << 30, os.SEEK_CUR)  # zeros: a hole in the file
+        stream.write(b'"}\n' + good)
+    script = (
+        "import resource, sys\n"
+        "from data_tools.options import Options\n"
+        "from data_tools.tokenization import tokenize\n"
+        "tokenize([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2, max_rejected='1')\n"
+        "own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss\n"
+        "print(own + 2 * child)\n"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(tmp_path / "x.jsonl"),
+        model,
+        str(tmp_path / "out"),
+    ]
+    root = Path(__file__).parents[2]
+    peak = int(subprocess.run(command, cwd=root, check=True, capture_output=True).stdout)
+    assert peak < 1 << 20  # KiB
+    (record,) = read_lines_of(tmp_path / "out.rejected.jsonl")
+    assert (record["line"], record["offset"], record["reason"]) == (2, len(good), "line too long")
+    assert record["bytes"] == (4 << 30) + 12
+    assert len(documents(tmp_path / "out")) == 2
+
+
+def test_shared_sample_end_to_end(tmp_path: Path) -> None:
+    sample = shared("redpajama_sample")
+    receipt = tokenize(
+        [str(sample)], shared("tokenizers", "mistral_v1_32k"), tmp_path / "out", workers=2
+    )
+    counts = receipt["counts"]
+    slices = {name: (c["documents"], c["bytes"]) for name, c in counts["slices"].items()}
+    assert slices == {
+        "arxiv": (634, 2_943_570),
+        "book": (2, 2_590_587),
+        "c4": (1095 + 59, 6_639_606 + 368_459),
+        "github": (370, 6_414_176),
+    }
+    # The README's counts leave out the EOD of each document.
+    tokens = 1_084_317 + 685_649 + 1_738_298 + 103_615 + 1_961_210
+    assert counts["tokens"] == tokens + counts["documents"]
+    assert [source.slice for source in find_sources([str(sample)])] == [
+        "arxiv", "book", "c4", "c4", "github",
+    ]  # fmt: skip
