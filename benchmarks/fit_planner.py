@@ -10,12 +10,15 @@ The fit: Gauss-Newton on log(measured / predicted) with Huber's loss, priors on 
 source factors drawn to 1. Numpy only; half a minute on one core.
 """
 
+import sys
+
+sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
+
 import argparse
 import csv
 import hashlib
 import json
 import os
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -170,7 +173,9 @@ def slowdown(rows: Measured, using: Constants) -> Any:
     shape = ("num_layers", "hidden", "seq_len", "vocab", "gpus", "global_batch")
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in np.flatnonzero(chosen):
-        key: tuple[Any, ...] = (work.source_id[i], work.gpu_name[i], work.precision[i])
+        key: tuple[Any, ...] = (
+            work.source_id[i], work.framework[i], work.gpu_name[i], work.precision[i],
+        )  # fmt: skip
         key = (*key, *(getattr(work, name)[i] for name in shape))
         groups.setdefault(key, []).append(int(i))
     several = [np.array(members) for members in groups.values() if len(members) > 1]

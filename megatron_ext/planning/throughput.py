@@ -20,11 +20,11 @@ from megatron_ext.planning.sources import has_fused_kernels, network_gb_per_s
 from megatron_ext.planning.workload import GPUS_PER_NODE, Column, Workloads
 
 # Structure, not fitted: which kernels there are follows from the model.
-_HBM = 0.8  # share of the bandwidth that a streaming kernel reaches
+_HBM = 0.85  # share of the bandwidth that a streaming kernel reaches
 _TILE = 128 * 256  # outputs of one thread block of a large matmul
 _LLAMA_KERNELS = 1.4  # RoPE, RMSNorm and the gate launch so many times the kernels of a GPT layer
 _UNFUSED_SOFTMAX = 1 / 3  # more kernels where Megatron's fused softmax refuses the shape
-_SCORE_BYTES = 13  # a score unfused, forward: written, softmax, dropout and its mask, read
+_SCORE_BYTES = 12  # a score unfused, forward: written, softmax, dropout and its mask, read
 _BEHIND_MATMUL = 0.25  # with sequence parallelism: the backward pass gathers beside a matmul
 _STEP_S = 5e-3  # gradient norm, logging, data
 _FUSED_LOSS_BYTES = 20  # traffic a logit: read, exponentiate, gradient
