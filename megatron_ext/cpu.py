@@ -21,7 +21,7 @@ import torch
 def prepare(device: str = "cpu") -> None:
     """Make Megatron-Core's training path run without CUDA; a second call changes nothing.
 
-    device: where "here" is; "meta" lets tensors have shapes and no storage (planning/fake_world.py).
+    device: where "here" is; "meta" gives tensors shapes but no storage (planning/fake_world.py).
     """
     if torch.cuda.is_available() or getattr(prepare, "done", False):
         return
@@ -80,10 +80,14 @@ def _functions_with_cuda_literals() -> list[Callable[..., Any]]:
     ]
 
 
-def _exchange_literals(function: Callable[..., Any], literals: dict[Any, Any]) -> None:
+def _exchange_literals(
+    function: Callable[..., Any], literals: dict[Any, Any] | None = None
+) -> None:
     function = inspect.unwrap(getattr(function, "__func__", function))
     code = function.__code__
-    constants = tuple(_exchanged(constant, literals) for constant in code.co_consts)
+    constants = tuple(
+        _exchanged(constant, literals or _literals("cpu")) for constant in code.co_consts
+    )
     if constants == code.co_consts:
         raise RuntimeError(
             f"{function.__module__}.{function.__qualname__} holds no CUDA literal any more: "

@@ -129,5 +129,5 @@ def _ranking(choices: list[Choice]) -> str:
             f"  {choice.step_time_s / best - 1:+.1%}"
         )
     misfits = sum(not choice.fits for choice in choices)
-    lines.append(f"{len(choices)} layouts tried, {misfits} do not fit")
+    lines.append(f"{len(choices)} layouts tried, {misfits} do not fit with 5% to spare")
     return "\n".join([*lines, f"why: {reason(choices)}"])

@@ -19,9 +19,10 @@ import numpy as np
 from megatron_ext.planning.sources import (
     GIB,
     gathers_inputs,
-    has_fused_kernels,
+    has_megatron_loss,
     keeps_scores,
     layers_of_stage,
+    prints_tensors_only,
     reading,
 )
 from megatron_ext.planning.workload import Column, Workloads
@@ -109,7 +110,7 @@ def layer_bytes(w: Workloads) -> Column:
 def logit_bytes(w: Workloads) -> Column:
     """Bytes alive for each logit at the loss. PyTorch's cross-entropy: bf16 logits 2, float32 4,
     log-probabilities 4, bf16 gradient 2. Megatron-Core's overwrites the float32 ones in place."""
-    return np.where(has_fused_kernels(w), 6.5, 12.0)
+    return np.where(has_megatron_loss(w), 6.5, 12.0)
 
 
 def score_bytes(w: Workloads) -> Column:
@@ -140,7 +141,8 @@ def micro_batches_in_flight(w: Workloads, stage: Column) -> Column:
 
 def peak_memory(w: Workloads, c: MemoryConstants) -> tuple[Column, Column]:
     """Bytes of the fullest rank, and of the one that the source of a row reads."""
-    ends = [memory(w, stage, c).total for stage in (0, -1)]
-    fullest = np.maximum(*ends)
+    ends = [memory(w, stage, c) for stage in (0, -1)]
+    fullest = np.maximum(*(end.total for end in ends))
+    printed = [e.total - np.where(prints_tensors_only(w), e.allocator, 0) for e in ends]
     stage, _ = reading(w)
-    return fullest, np.select([stage == 0, stage == -1], ends, fullest)
+    return fullest, np.select([stage == 0, stage == -1], printed, np.maximum(*printed))

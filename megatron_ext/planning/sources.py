@@ -36,6 +36,11 @@ def has_fused_kernels(w: Workloads) -> Mask:
     return contains(w.framework, *FUSED_STACKS)
 
 
+def has_megatron_loss(w: Workloads) -> Mask:
+    """Whether the cross-entropy is Megatron-Core's, which overwrites its float32 logits."""
+    return contains(w.framework, *FUSED_STACKS, "mcore")
+
+
 def keeps_scores(w: Workloads) -> Mask:
     """Whether the attention scores [heads, sequence, sequence] stay for the backward pass.
 
@@ -87,6 +92,11 @@ def reading(w: Workloads) -> tuple[Column, Column]:
     first = (w.source_id == "nanotron_ultrascale") | contains(w.mem_kind, "rank 0")
     stage = np.select([golden, first], [-1.0, 0.0], np.nan)
     return stage, np.where(golden | contains(w.mem_kind, "gb=1e9"), GB, GIB)
+
+
+def prints_tensors_only(w: Workloads) -> Mask:
+    """Whether the bytes of live tensors are printed, not those that the allocator took."""
+    return (w.source_id == "megatron_golden") | contains(w.mem_kind, "allocated_bytes")
 
 
 def usable_for_time(w: Workloads) -> Mask:
