@@ -171,16 +171,20 @@ def _memory(plan: Plan, built: list[dict[str, Any]]) -> Line:
     parts = plan.memory_gib[stage]
     text = f"{most:.1f} GiB on the fullest rank (stage {stage}) of {plan.gpu_memory_gib:.1f} GiB"
     if most > plan.gpu_memory_gib:
-        largest = max(("activations", "logits", "optimizer"), key=lambda name: parts[name])
-        if parts["weights"] + parts["gradients"] > plan.gpu_memory_gib / 2:
-            largest = "weights"
+        sizes = {
+            "activations": parts["activations"],
+            "logits": parts["logits"],
+            "optimizer state": parts["optimizer"],
+            "weights and gradients": parts["weights"] + parts["gradients"],
+        }
+        largest = max(sizes, key=lambda name: sizes[name])
         fix = {
             "activations": "lower training.micro_batch_size, or set training.recompute=full",
             "logits": "lower training.micro_batch_size, or raise parallel.tensor",
-            "optimizer": "set parallel.distributed_optimizer=true",
-            "weights": "raise parallel.tensor or parallel.pipeline",
+            "optimizer state": "set parallel.distributed_optimizer=true",
+            "weights and gradients": "raise parallel.tensor or parallel.pipeline",
         }[largest]
-        return Line(False, "memory", f"{text}, {parts[largest]:.1f} of them {largest}: {fix}")
+        return Line(False, "memory", f"{text}, {sizes[largest]:.1f} of them {largest}: {fix}")
     if most > _NEARLY_FULL * plan.gpu_memory_gib:
         return Line(None, "memory", f"{text}: nearly full, a smaller micro-batch would be safe")
     return Line(True, "memory", text)
