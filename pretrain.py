@@ -19,9 +19,11 @@ import time
 import warnings
 from pathlib import Path
 
+from megatron_ext.checkpoint.manifest import MANIFEST, find_checkpoints
 from megatron_ext.config import Config, load_config, validate
 from megatron_ext.data.corpora import check_corpora, epochs, fingerprint_of
 from megatron_ext.errors import UserError
+from megatron_ext.training.watch import StopSignals
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         if options.check:
             return check(config, options)
-        return pretrain(config)
+        with StopSignals() as signals:
+            return pretrain(config, signals)
     except UserError as error:
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):
             # Rank 0 speaks, and its end makes the launcher end us; unless we alone are in trouble.
@@ -57,7 +60,7 @@ def check(config: Config, options: argparse.Namespace) -> int:
     return 0 if ok else 2
 
 
-def pretrain(config: Config) -> int:
+def pretrain(config: Config, signals: StopSignals) -> int:
     """Config -> world -> data, model, optimizer -> restore -> train."""
     check_corpora(config)
     check_machine(config)
@@ -73,10 +76,9 @@ def pretrain(config: Config) -> int:
     from megatron_ext.training import journal
     from megatron_ext.training.loop import train
     from megatron_ext.training.optimizer import build_optimizer
-    from megatron_ext.training.watch import StopSignals
     from megatron_ext.world import world
 
-    with StopSignals() as signals, world(config) as here:
+    with world(config) as here:
         log = start_logging(here.is_main)
         for warning in validate(config, here.size):
             log.warning(warning)
@@ -98,6 +100,7 @@ def pretrain(config: Config) -> int:
         layout = blend.Layout(
             parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         )
+        signals.hold()
         done = train(config, here, model, optimizer, data, layout, record, done_steps, signals)
         if done < config.training.steps:
             log.info(
@@ -117,6 +120,13 @@ def check_machine(config: Config) -> None:
         raise UserError(
             f"training.run_dir={run_dir} cannot be written: {there} is "
             f"{'not writable' if there.is_dir() else 'no folder'}; choose another training.run_dir"
+        )
+    source = config.training.init_from
+    beginning = source is not None and not find_checkpoints(run_dir)
+    if beginning and not (source / MANIFEST).is_file() and not find_checkpoints(source):
+        raise UserError(
+            f"training.init_from={source} is neither a checkpoint nor a run folder that holds "
+            "one: train it first, or name runs/NAME or runs/NAME/checkpoints/step_N"
         )
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError(

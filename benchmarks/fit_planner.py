@@ -10,15 +10,17 @@ The fit: Gauss-Newton on log(measured / predicted) with Huber's loss, priors on 
 source factors drawn to 1. Numpy only; half a minute on one core.
 """
 
+import os
 import sys
 
-sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
+# Run as a script this folder comes first on the path, where tokenize.py hides the library's.
+sys.path.pop(0)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import argparse
 import csv
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace

@@ -31,7 +31,8 @@ def cache_folder(name: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
-        return Path(tempfile.gettempdir()) / f"megatron-ext-{os.getuid()}" / name
+        # Compiled code is loaded from here: never from a place that others can foresee and fill.
+        return Path(tempfile.mkdtemp(prefix=f"megatron-ext-{name}-"))
 
 
 def fsync_folder(folder: Path) -> None:
@@ -69,7 +70,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_write(path) as stream:
-        stream.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        stream.write(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as `write_json` writes it."""
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -17,7 +17,7 @@ import xxhash
 
 from data_tools import indexed
 from data_tools.errors import UserError
-from data_tools.files import checksum
+from data_tools.files import checksum, json_bytes
 from data_tools.indexed import CHUNK, Index
 from data_tools.pair import CHECKED_BYTES
 from data_tools.receipt import is_intact, read_receipt, receipt_path
@@ -33,7 +33,8 @@ def verify(prefix: str | os.PathLike[str]) -> list[str]:
     if receipt is None:
         return _verify_pair(prefix, None, None)
     problems = []
-    if not is_intact(receipt):
+    # Compared as bytes too: another spelling of the same values was not written by us.
+    if not is_intact(receipt) or receipt_path(prefix).read_bytes() != json_bytes(receipt):
         problems.append(f"{receipt_path(prefix)} was altered after it was written")
     try:
         pairs = receipt["outputs"]["pairs"]

@@ -57,6 +57,12 @@ def test_non_finite_steps_are_skipped_then_the_run_stops(config_file: Path, tmp_
     assert records[0]["grad_norm"] is None  # JSON knows no NaN
 
 
+def test_init_from_nothing_is_refused(config_file: Path, tmp_path: Path) -> None:
+    printed = pretrain(config_file, f"training.init_from={tmp_path / 'nowhere'}", code=2)
+    assert "nowhere is neither a checkpoint nor a run folder" in printed
+    assert "Traceback" not in printed
+
+
 def test_run_dir_that_is_a_file_is_refused(config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     printed = pretrain(config_file, f"training.run_dir={tmp_path / 'file'}", code=2)

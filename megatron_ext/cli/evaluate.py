@@ -44,9 +44,9 @@ def evaluate(
     Perplexity against context length, on the run's validation documents or on your own --text.
     Lengths that the results hold already are not computed again.
 
-    megatron-ext evaluate runs/demo/above --lengths 128,256,512
+    Example: megatron-ext evaluate runs/demo/above --lengths 128,256,512
 
-    torchrun --nproc-per-node 2 -m megatron_ext.cli evaluate RUN --tensor 2
+    In another layout: torchrun --nproc-per-node 2 -m megatron_ext.cli evaluate RUN --tensor 2
     """
     for task in tasks.split(","):
         if task.strip() not in TASKS:

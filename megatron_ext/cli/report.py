@@ -8,7 +8,7 @@ import typer
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders.")],
     output: Annotated[
         Path | None,
         typer.Option(help="The page to write.  [report.html in the run's or the runs' folder]"),
@@ -17,7 +17,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about runs, with figures and their numbers beside it.
 
-    megatron-ext report runs/demo/below runs/demo/above --output runs/demo/report.html
+    Example: megatron-ext report runs/demo/below runs/demo/above
     """
     from megatron_ext.study.report import write_report
 

@@ -1,6 +1,7 @@
 """Ranks of a large layout, built one after another in this process without storage or partners.
 
-    python -m megatron_ext.planning.fake_world < request.json > ranks.json
+    from megatron_ext.planning.fake_world import main
+    main()          # a request on standard input, the ranks on standard output, both JSON
 
 A child of planning/ranks.py, in a process of its own because Megatron-Core's state is the
 process's. Real are Megatron-Core's groups (`parallel_state`) for the whole world, GPTModel, its
@@ -115,7 +116,3 @@ def main() -> None:
         except Exception as error:  # whatever Megatron-Core says against a layout is the answer
             answers.append({"rank": rank, "error": " ".join(str(error).split()) or repr(error)})
     json.dump(answers, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

@@ -28,6 +28,16 @@ from megatron_ext.planning.preflight import checkpoint_bytes_per_parameter, chec
 from megatron_ext.planning.sources import GIB
 
 MFU_LEVELS = (0.4, 0.5, 0.6)
+_NOT_HERE = 3  # exit code of a child that finds no torch
+_CHILD = f"""
+import sys
+try:
+    from megatron_ext.planning.fake_world import main
+except Exception as error:
+    sys.stderr.write(f"{{type(error).__name__}}: {{error}}")
+    sys.exit({_NOT_HERE})
+main()
+"""
 _NEARLY_FULL = 0.92  # memory beyond this share is within the prediction's error of not fitting
 _UNBALANCED = 1.25  # a stage this much slower than the mean is worth another division
 
@@ -41,6 +51,10 @@ class Line:
     name: str
     text: str
     """With what to write instead when it is not good."""
+
+
+class NotHere(Exception):
+    """Ranks cannot be built on this machine; says why."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +94,21 @@ def check_ranks(
     Raises UserError for a GPU that is unknown, RuntimeError when the other process dies.
     """
     plan = make_plan(config, world_size, gpu)
-    built = build_ranks(config, world_size)
+    missing = []
+    try:
+        built = build_ranks(config, world_size)
+    except NotHere as reason:
+        text = f"not built, only reckoned, as Megatron-Core does not run here ({reason})"
+        built, missing = [], [Line(None, "ranks", text)]
     failed = [rank for rank in built if "error" in rank]
     lines = [
         Line(False, "ranks", f"rank {rank['rank']} cannot be built: {rank['error']}")
         for rank in failed
     ]
+    if built and not failed:
+        lines += [_totals(config, world_size, built), _optimizer(config, world_size, built)]
     if not failed:
-        lines += [
-            _totals(config, world_size, built),
-            _optimizer(config, world_size, built),
-            _memory(plan, built),
-            *_balance(plan, built),
-        ]
+        lines += [*missing, _memory(plan, built), *_balance(config, plan)]
     lines += [_disk(config), *([_slurm(slurm, world_size)] if slurm else [])]
     cost = _cost(config, plan)
     return RankCheck([*lines, *_card(plan, cost)], built, cost)
@@ -106,7 +122,10 @@ def distinct_ranks(config: Config, world_size: int) -> list[int]:
 
 
 def build_ranks(config: Config, world_size: int) -> list[dict[str, Any]]:
-    """What each distinct rank holds, in bytes and numbers; or its `error`."""
+    """What each distinct rank holds, in bytes and numbers; or its `error`.
+
+    Raises NotHere when torch or Megatron-Core cannot be imported, RuntimeError when the child dies.
+    """
     # A GPU of this machine is none of the layout's, and Transformer Engine needs one.
     kernels = config.kernels.model_copy(update={"backend": "torch"})
     request = {
@@ -116,7 +135,7 @@ def build_ranks(config: Config, world_size: int) -> list[dict[str, Any]]:
     }
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     child = subprocess.run(
-        [sys.executable, "-m", "megatron_ext.planning.fake_world"],
+        [sys.executable, "-c", _CHILD],
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -126,6 +145,8 @@ def build_ranks(config: Config, world_size: int) -> list[dict[str, Any]]:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         },
     )
+    if child.returncode == _NOT_HERE:
+        raise NotHere(" ".join(child.stderr.split()))
     if child.returncode:
         raise RuntimeError(f"building the ranks failed:\n{child.stderr[-2000:]}")
     answer: list[dict[str, Any]] = json.loads(child.stdout.splitlines()[-1])
@@ -160,7 +181,8 @@ def _optimizer(config: Config, world_size: int, built: list[dict[str, Any]]) -> 
 
 def _memory(plan: Plan, built: list[dict[str, Any]]) -> Line:
     """Weights, gradients and optimizer state as built; activations and the rest as predicted."""
-    most, stage = 0.0, 0
+    reckoned = [sum(parts.values()) for parts in plan.memory_gib]
+    most, stage = (0.0, 0) if built else max((m, s) for s, m in enumerate(reckoned))
     for rank in built:
         parts = plan.memory_gib[rank["stage"]]
         rest = sum(parts.values()) - parts["weights"] - parts["gradients"] - parts["optimizer"]
@@ -190,11 +212,11 @@ def _memory(plan: Plan, built: list[dict[str, Any]]) -> Line:
     return Line(True, "memory", text)
 
 
-def _balance(plan: Plan, built: list[dict[str, Any]]) -> list[Line]:
+def _balance(config: Config, plan: Plan) -> list[Line]:
     parts, stages = plan.step_parts_s, plan.layout["pipeline"]
     if stages == 1:
         return []
-    layers = {rank["layers"] for rank in built}
+    layers = config.model.num_layers // stages
     apart = (
         "logits",
         "pipeline_bubble",
@@ -207,7 +229,7 @@ def _balance(plan: Plan, built: list[dict[str, Any]]) -> list[Line]:
     # parts count the output projection, which one stage has, on top of a stage's own layers.
     slowest = (stage + parts["logits"]) / (stage + parts["logits"] / stages)
     text = (
-        f"{stages} stages of {'-'.join(map(str, sorted(layers)))} layers; the last, with the "
+        f"{stages} stages of {layers} layers; the last, with the "
         f"output projection, takes {slowest:.2f} x the mean"
     )
     unbalanced = slowest > _UNBALANCED

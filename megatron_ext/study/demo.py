@@ -142,7 +142,9 @@ def run(*command: object, processes: int = 1) -> None:
     words = [str(word) for word in command]
     shown = ["python", *words[1:]] if words[0] == sys.executable else words
     print(f"      $ {shlex.join(shown)}", flush=True)
-    threads = max(1, min(8, (os.cpu_count() or 1) // processes))
+    # More than two threads a process do nothing for so small a model, and harm where a container
+    # may use fewer cores than it sees.
+    threads = max(1, min(2, (os.cpu_count() or 1) // processes))
     child = subprocess.Popen(
         words,
         cwd=ROOT,
@@ -164,11 +166,10 @@ def run(*command: object, processes: int = 1) -> None:
 def end(child: subprocess.Popen, processes: int) -> None:
     """End a command and all its processes, politely first."""
     # torchrun takes a signal for a failure; its ranks save, end well, and then so does torchrun.
-    ranks: list[psutil.Process] = []
-    if processes > 1:
-        ranks = psutil.Process(child.pid).children()
+    leader = psutil.Process(child.pid)
+    ranks = leader.children() if processes > 1 else []
     try:
-        for process in ranks or [child]:
+        for process in ranks or [leader]:
             process.terminate()
         child.wait(_SECONDS_TO_SAVE)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):  # or Ctrl-C a second time

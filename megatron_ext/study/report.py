@@ -33,7 +33,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     try:
         import jinja2
 
-        from megatron_ext.study import figures
+        from megatron_ext.study import drawing, figures
     except ImportError as error:
         raise UserError(
             f"the report needs {error.name}: install it with pip install 'megatron-ext[report]'"
@@ -54,7 +54,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     for figure in drawn:
         figure.save(output.parent / "figures")
-    figures.replace_file(output, page.encode())
+    drawing.replace_file(output, page.encode())
     return output
 
 

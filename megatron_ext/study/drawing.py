@@ -1,0 +1,133 @@
+"""How a figure of the report is drawn: for a desktop, for a phone, in the page's own colours.
+
+    drawn = figure("loss", "Loss while training", caption, paint, table, legend, 340, 260)
+    drawn.wide, drawn.narrow                     # inline SVG
+    drawn.save(Path("runs/demo/figures"))        # loss.png, loss.csv
+
+The SVG names colours by CSS variable (--ink, --muted, --grid, --fail, --s0 ..), so that one drawing
+serves the light and the dark page; the PNG has the light ones. Needs matplotlib (extra `report`).
+"""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure as Canvas
+
+# The light page's colours; in the SVG each becomes the CSS variable of the same name.
+INK, MUTED, GRID = "#1b1f24", "#5b6570", "#dfe3e8"
+FAIL, FAIL_FAR = "#c92a2a", "#eba3a3"
+SERIES = (
+    "#0b63ce", "#946200", "#18794e", "#6f42c1", "#0c7489", "#b4256b", "#4d5560", "#7a4a2b",
+)  # fmt: skip
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
+_VARIABLES = {
+    INK: "ink", MUTED: "muted", GRID: "grid", FAIL: "fail", FAIL_FAR: "fail-far",
+    **{color: f"s{k}" for k, color in enumerate(SERIES)},
+}  # fmt: skip
+
+_WIDE, _NARROW = 720, 358  # CSS pixels: the page's column, and that of a 390 px phone
+
+Table = tuple[Sequence[str], Iterable[Sequence[Any]]]
+Draw = Callable[[Canvas, bool], None]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of the page."""
+
+    name: str
+    title: str
+    caption: str
+    wide: str  # SVG
+    narrow: str
+    png: bytes
+    table: Table
+    legend: list[tuple[str, str]]  # CSS colour and text
+
+    def save(self, folder: Path) -> None:
+        """Write NAME.png and NAME.csv."""
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / f"{self.name}.png", self.png)
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(self.table[0])
+        writer.writerows(self.table[1])
+        replace_file(folder / f"{self.name}.csv", text.getvalue().encode())
+
+
+def figure(
+    name: str, title: str, caption: str, paint: Draw, table: Table,
+    legend: list[tuple[str, str]], wide_height: int, narrow_height: int,
+) -> Figure:  # fmt: skip
+    """Draw by `paint(canvas, wide)` at both widths; heights are CSS pixels."""
+
+    def render(width: int, height: int, **how: Any) -> bytes:
+        style: Any = {
+            "font.size": 11 if width == _WIDE else 10.5,
+            "font.family": "sans-serif",
+            "axes.titlesize": "medium",
+            "axes.labelsize": "medium",
+            "axes.edgecolor": MUTED,
+            "axes.labelcolor": MUTED,
+            "axes.linewidth": 0.8,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "grid.color": GRID,
+            "grid.linewidth": 0.8,
+            "xtick.color": MUTED,
+            "ytick.color": MUTED,
+            "text.color": INK,
+            "svg.fonttype": "none",
+            # Ids that are the same in two drawings of a page would clip one by the other.
+            "svg.hashsalt": f"{name}-{width}",
+        }
+        with rc_context(style):
+            # 72 units an inch is matplotlib's SVG: a font of 11 is 11 CSS pixels.
+            canvas = Canvas(figsize=(width / 72, height / 72), layout="constrained")
+            paint(canvas, width == _WIDE)
+            stream = io.BytesIO()
+            canvas.savefig(stream, **how)
+        return stream.getvalue()
+
+    def svg(width: int, height: int) -> str:
+        drawn = render(width, height, format="svg", transparent=True, metadata={"Date": None})
+        return for_page(drawn.decode(), title)
+
+    return Figure(
+        name, title, caption, svg(_WIDE, wide_height), svg(_NARROW, narrow_height),
+        render(_WIDE, wide_height, format="png", dpi=160), table, legend,
+    )  # fmt: skip
+
+
+def for_page(svg: str, title: str) -> str:
+    """matplotlib's SVG as part of an HTML page: no header, no address, the page's font, colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    # Names of groups, which nothing refers to and which every figure has alike.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
