@@ -158,8 +158,8 @@ def format_table(rows: list[dict[str, Any]], listing: bool = False) -> str:
     """Markdown; bases with ten digits."""
     columns = {
         "context": lambda row: f"{row['context_length'] // 1024}k",
-        "Table 2": lambda row: _short(row["published_base"]),
-        "its listing": lambda row: _short(row["listing_base"]),
+        "Table 2": lambda row: short_base(row["published_base"]),
+        "its listing": lambda row: short_base(row["listing_base"]),
         "smallest feasible base": lambda row: f"{row['smallest_feasible_base']:#.10g}",
         "always feasible above": lambda row: f"{row['always_feasible_base']:#.10g}",
         "active distance": lambda row: str(row["active_distance"]),
@@ -171,7 +171,8 @@ def format_table(rows: list[dict[str, Any]], listing: bool = False) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _short(base: float | None) -> str:
+def short_base(base: float | None) -> str:
+    """Two digits, as the paper writes bases: 4.3e3."""
     return "" if base is None else f"{base:.1e}".replace("e+0", "e").replace("e+", "e")
 
 

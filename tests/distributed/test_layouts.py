@@ -78,7 +78,7 @@ def test_variant_trains_in_parallel_as_on_one_process(
     assert_same_training(metrics(tmp_path / "run"), one_process(config_file, *model))
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", [pytest.param("selective", marks=pytest.mark.slow), "full"])
 def test_recomputed_activations_change_no_number(
     recompute: str, config_file: Path, one_process, tmp_path: Path
 ) -> None:

@@ -57,7 +57,7 @@ LONG = ["training.steps=400", "schedule.type=constant", "checkpoint.interval=10"
     [
         (1, []),
         (2, ["parallel.distributed_optimizer=true"]),
-        (1, ["precision.dtype=bf16"]),
+        pytest.param(1, ["precision.dtype=bf16"], marks=pytest.mark.slow),
         pytest.param(4, ["parallel.tensor=2", "parallel.pipeline=2"], marks=pytest.mark.slow),
     ],
     ids=["one process", "distributed optimizer", "bf16", "tensor and pipeline"],
@@ -82,7 +82,10 @@ def test_killed_run_repeats_the_same_losses_bit_for_bit(
     assert numbers(killed)[:35] == numbers(whole)[:35]
 
 
-@pytest.mark.parametrize("distributed", ["false", "true"], ids=["plain", "distributed optimizer"])
+@pytest.mark.parametrize(
+    "distributed",
+    [pytest.param("false", marks=pytest.mark.slow, id="plain"), pytest.param("true", id="divided")],
+)
 def test_checkpoint_is_read_at_another_layout(
     distributed: str, config_file: Path, tmp_path: Path
 ) -> None:
@@ -101,7 +104,14 @@ def test_checkpoint_is_read_at_another_layout(
             assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_signal_saves_and_the_same_command_goes_on(
     number: signal.Signals, config_file: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """Tokenise one corpus with us and with the peers, and compare speed, memory and ids.
 
     python benchmarks/build_corpus.py corpus.jsonl --megabytes 300
-    python benchmarks/tokenize.py corpus.jsonl --tokenizer tokenizer.model --workers 2 --rounds 3
+    python benchmarks/tokenization.py corpus.jsonl --tokenizer tokenizer.model --workers 2 --rounds 3
 
 Peers run interleaved, each in its own process, with the interpreter given by --python (they need
 not be installed beside us; one that is missing is skipped by name). MB is 10^6 bytes of UTF-8 text.
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-# Run as a script this folder comes first on the path, where our name hides the standard library's.
+# Run as a script this folder comes first on the path; the packages lie one above.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 WORK: dict[str, str] = {
