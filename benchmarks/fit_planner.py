@@ -10,17 +10,12 @@ The fit: Gauss-Newton on log(measured / predicted) with Huber's loss, priors on 
 source factors drawn to 1. Numpy only; half a minute on one core.
 """
 
-import os
-import sys
-
-# Run as a script this folder comes first on the path, where tokenize.py hides the library's.
-sys.path.pop(0)
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 import argparse
 import csv
 import hashlib
 import json
+import os
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -29,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
