@@ -11,6 +11,7 @@ checkpoint and end with exit code 0. Exit code 2 means a mistake in the command 
 
 import argparse
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -30,11 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         if options.check:
-            from megatron_ext.planning.preflight import preflight
-
-            report = preflight(config, options.world_size or config.parallel.world_size)
-            print(report.json() if options.json else report.text())
-            return 0 if report.ok else 2
+            return check(config, options)
         with StopSignals() as signals:
             return pretrain(config, signals)
     except UserError as error:
@@ -43,6 +40,24 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def check(config: Config, options: argparse.Namespace) -> int:
+    """What can be known before a GPU is asked: settings and data at once, then every rank."""
+    from megatron_ext.planning.preflight import preflight
+    from megatron_ext.planning.ranks import check_ranks
+
+    world_size = options.world_size or config.parallel.world_size
+    report = preflight(config, world_size)
+    # Ranks take seconds to build: only those of a config that is right.
+    ranks = check_ranks(config, world_size, options.gpu, options.slurm) if report.ok else None
+    ok = report.ok and (ranks is None or ranks.ok)
+    if options.json:
+        layout = {} if ranks is None else {"layout": ranks.as_dict()}
+        print(json.dumps({**json.loads(report.json()), "ok": ok, **layout}, indent=2))
+    else:
+        print(report.text(ranks.text() if ranks else "", ok))
+    return 0 if ok else 2
 
 
 def pretrain(config: Config, signals: StopSignals) -> int:
@@ -131,6 +146,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="all checks, no training")
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="with --check: judge the layout for N ranks"
+    )
+    parser.add_argument(
+        "--gpu", default="a100-80gb", help="with --check: whose memory and speed to reckon with"
+    )
+    parser.add_argument(
+        "--slurm", type=Path, metavar="FILE", help="with --check: batch script to compare with"
     )
     parser.add_argument("--json", action="store_true", help="with --check: print JSON")
     return parser.parse_intermixed_args(arguments)

@@ -17,31 +17,34 @@ from typing import Any
 
 import torch
 
-# Literal -> its meaning on a CPU.
-_ON_CPU: dict[Any, Any] = {
-    "cuda": "cpu",
-    "torch.cuda.FloatTensor": "torch.FloatTensor",
-    "torch.cuda.HalfTensor": "torch.HalfTensor",
-    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
-}
 
+def prepare(device: str = "cpu") -> None:
+    """Make Megatron-Core's training path run without CUDA; a second call changes nothing.
 
-def prepare() -> None:
-    """Make Megatron-Core's training path run without CUDA; a second call changes nothing."""
+    device: where "here" is; "meta" gives tensors shapes but no storage (planning/fake_world.py).
+    """
     if torch.cuda.is_available() or getattr(prepare, "done", False):
         return
-    _give_meaning_to_torch_cuda()
+    _give_meaning_to_torch_cuda(device)
+    literals = _literals(device)
     for function in _functions_with_cuda_literals():
-        _exchange_literals(function)
+        _exchange_literals(function, literals)
     _answer_single_functions()
     prepare.done = True  # type: ignore[attr-defined]
 
 
-def _give_meaning_to_torch_cuda() -> None:
+def _literals(device: str) -> dict[Any, Any]:
+    """Literal of Megatron-Core -> its meaning on the device."""
+    place = "torch." if device == "cpu" else f"torch.{device}."
+    kinds = ("FloatTensor", "HalfTensor", "BFloat16Tensor")
+    return {"cuda": device, **{f"torch.cuda.{kind}": place + kind for kind in kinds}}
+
+
+def _give_meaning_to_torch_cuda(device: str) -> None:
     # `device=torch.cuda.current_device()` is how Megatron-Core says "here": tensor_parallel/
     # layers.py:261 (weights), distributed/param_and_grad_buffer.py:783 (gradient buffers),
     # pipeline_parallel/p2p_communication.py:313 (receive buffers), optimizer/optimizer.py:1141.
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = lambda: torch.device(device)  # type: ignore[assignment,return-value]
     # optimizer/distrib_optimizer.py:1089 (saving), models/common/language_module/
     # language_module.py:244 (tied embeddings): `tensor.cuda()` says "here" as well.
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
@@ -77,10 +80,14 @@ def _functions_with_cuda_literals() -> list[Callable[..., Any]]:
     ]
 
 
-def _exchange_literals(function: Callable[..., Any]) -> None:
+def _exchange_literals(
+    function: Callable[..., Any], literals: dict[Any, Any] | None = None
+) -> None:
     function = inspect.unwrap(getattr(function, "__func__", function))
     code = function.__code__
-    constants = tuple(_exchanged(constant) for constant in code.co_consts)
+    constants = tuple(
+        _exchanged(constant, literals or _literals("cpu")) for constant in code.co_consts
+    )
     if constants == code.co_consts:
         raise RuntimeError(
             f"{function.__module__}.{function.__qualname__} holds no CUDA literal any more: "
@@ -89,10 +96,10 @@ def _exchange_literals(function: Callable[..., Any]) -> None:
     function.__code__ = code.replace(co_consts=constants)
 
 
-def _exchanged(constant: Any) -> Any:
+def _exchanged(constant: Any, literals: dict[Any, Any]) -> Any:
     if isinstance(constant, tuple):
-        return tuple(_exchanged(item) for item in constant)
-    return _ON_CPU.get(constant, constant) if isinstance(constant, str) else constant
+        return tuple(_exchanged(item, literals) for item in constant)
+    return literals.get(constant, constant) if isinstance(constant, str) else constant
 
 
 def _answer_single_functions() -> None:

@@ -34,7 +34,14 @@ def build_model(config: Config) -> list[DistributedDataParallel]:
     transformer = transformer_config(config)
     model = build_gpt(config, transformer)
     initialize_weights(model, config)
-    wrapped = DistributedDataParallel(
+    return [reduce_gradients(config, transformer, model)]
+
+
+def reduce_gradients(
+    config: Config, transformer: TransformerConfig, model: GPTModel
+) -> DistributedDataParallel:
+    """The model inside Megatron-Core's gradient buffers and their reduction."""
+    return DistributedDataParallel(
         transformer,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=config.precision.grad_reduce == "fp32",
@@ -44,7 +51,6 @@ def build_model(config: Config) -> list[DistributedDataParallel]:
         ),
         model,
     )
-    return [wrapped]
 
 
 def build_gpt(config: Config, transformer: TransformerConfig) -> GPTModel:

@@ -75,8 +75,8 @@ class Preflight:
         """One JSON object, the fields above and `ok`."""
         return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
 
-    def text(self) -> str:
-        """Lines for a person."""
+    def text(self, further: str = "", ok: bool | None = None) -> str:
+        """Lines for a person; `further` ones before the last, which says whether all is `ok`."""
         kept = self.checkpoint_bytes * self.checkpoints_kept
         names = ", ".join(
             f"{name} ({path})" + (f" {self.epochs[name]:.3g} times" if self.epochs else "")
@@ -110,7 +110,8 @@ class Preflight:
             [f"{name:<12}{value}" for name, value in lines]
             + [f"warning: {warning}" for warning in self.warnings]
             + [f"error: {error}" for error in self.errors]
-            + (["ok"] if self.ok else [])
+            + ([further] if further else [])
+            + (["ok"] if (self.ok if ok is None else ok) else [])
         )
 
 

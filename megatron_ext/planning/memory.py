@@ -1,0 +1,148 @@
+"""Bytes that each rank of a layout holds at its peak.
+
+    parts = memory(work, stage=0)        # the first pipeline stage, or any other
+    parts.total / 2**30                  # GiB a rank, one a row
+    peak_memory(work)                    # the stage that a source reads, else the fullest one
+
+Counted from shapes, not fitted: weights, gradients and optimizer state from the layout, activations
+as in Korthikanti et al. 2022 (section 4), micro-batches in flight from the pipeline schedule
+(Narayanan et al. 2021, section 2.2). Fitted are two numbers: what libraries take and how far the
+allocator's peak is above the tensors in it. Needs numpy, not torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from megatron_ext.planning.sources import (
+    GIB,
+    gathers_inputs,
+    has_megatron_loss,
+    keeps_scores,
+    layers_of_stage,
+    prints_tensors_only,
+    reading,
+)
+from megatron_ext.planning.workload import Column, Workloads
+
+
+@dataclass(frozen=True)
+class MemoryConstants:
+    """Shared by all sources."""
+
+    libraries_gib: float = 0.5
+    """CUDA context within the process, NCCL and cuBLAS workspaces."""
+    allocator: float = 1.03
+    """Peak of the allocator, relative to the tensors in it."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a rank, by cause; one a row."""
+
+    weights: Column
+    gradients: Column
+    optimizer: Column
+    activations: Column
+    recomputed_layer: Column
+    logits: Column
+    communication: Column
+    allocator: Column
+
+    @property
+    def total(self) -> Column:
+        """Their sum."""
+        return sum((getattr(self, f.name) for f in fields(self)), np.zeros_like(self.weights))
+
+
+def memory(w: Workloads, stage: Column | int, c: MemoryConstants) -> Memory:
+    """Of one rank of pipeline stage `stage` (0 .. pp - 1; -1 is the last)."""
+    stage = np.where(np.asarray(stage) < 0, w.pp - 1, stage)
+    first, last = stage == 0, stage == w.pp - 1
+    layers = layers_of_stage(w, stage, layer_parameters(w))
+    per_layer = layer_parameters(w) / w.tp
+    table = w.vocab * w.hidden / w.tp
+    # A tied output projection is a copy of the embedding, on the last stage its own.
+    tables = first * table + last * np.where((w.pp == 1) & (w.tied > 0), 0, table)
+    params = layers * per_layer + tables
+    sharded = np.where(w.zero_stage >= 3, w.dp, 1)
+    grad_bytes = np.where(w.precision == "fp16", 2, 4)
+    weights = 2 * params / sharded + np.where(w.zero_stage >= 3, 2 * 2 * per_layer, 0)
+    gradients = grad_bytes * params / np.where(w.zero_stage >= 2, w.dp, 1)
+    optimizer = 12 * params / np.where(w.zero_stage >= 1, w.dp, 1)
+
+    tokens = w.micro_batch * w.seq_len / w.cp
+    kept = kept_bytes(w) * tokens
+    whole = layer_bytes(w) * tokens
+    in_flight = micro_batches_in_flight(w, stage)
+    activations = in_flight * layers * kept
+    recomputed = np.where(w.recompute == "none", 0, np.maximum(0, whole - kept))
+    logits = last * logit_bytes(w) * tokens * w.vocab / w.tp
+    inputs = 2 * tokens * w.hidden
+    communication = np.where(w.pp > 1, 2 * inputs, 0) + np.where(w.tp > 1, 2 * inputs, 0)
+    tensors = weights + gradients + optimizer + activations + recomputed + logits + communication
+    allocator = (c.allocator - 1) * tensors + c.libraries_gib * GIB
+    return Memory(
+        weights, gradients, optimizer, activations, recomputed, logits, communication, allocator
+    )
+
+
+def layer_parameters(w: Workloads) -> Column:
+    """Weights of one transformer layer, all tensor-parallel ranks together."""
+    kv = w.kv_heads * w.hidden / w.heads
+    return 2 * w.hidden**2 + 2 * w.hidden * kv + (2 + w.gated) * w.hidden * w.ffn
+
+
+def layer_bytes(w: Workloads) -> Column:
+    """Activations of one layer that its backward pass reads, bytes a token (Korthikanti et al.
+    2022, equations 1 to 4, with the widths of grouped queries and of a gated MLP)."""
+    h, kv = w.hidden, w.kv_heads * w.hidden / w.heads
+    spread = np.where(w.seq_parallel > 0, w.tp, 1)
+    dropout = np.where(w.gated > 0, 0, 2 * h)
+    outside = 8 * h + dropout  # inputs and outputs of both norms, and the dropout masks
+    inside = 2 * (h + 2 * kv) + 2 * h + np.where(w.gated > 0, 8 * w.ffn + 2 * (h + kv), 4 * w.ffn)
+    gathered = np.where(gathers_inputs(w), 2 * h, 0)
+    return outside / spread + inside / w.tp + gathered + score_bytes(w)
+
+
+def logit_bytes(w: Workloads) -> Column:
+    """Bytes alive for each logit at the loss. PyTorch's cross-entropy: bf16 logits 2, float32 4,
+    log-probabilities 4, bf16 gradient 2. Megatron-Core's overwrites the float32 ones in place."""
+    return np.where(has_megatron_loss(w), 6.5, 12.0)
+
+
+def score_bytes(w: Workloads) -> Column:
+    """Attention scores, softmax and dropout mask of one layer without FlashAttention, bytes a
+    token."""
+    return np.where(keeps_scores(w), 5 * w.heads * w.seq_len / w.tp, 0)
+
+
+def kept_bytes(w: Workloads) -> Column:
+    """What of it stays until the backward pass, by recompute mode."""
+    whole, scores = layer_bytes(w), score_bytes(w)
+    inputs = 2 * w.hidden / np.where(w.seq_parallel > 0, w.tp, 1)
+    return np.select(
+        [w.recompute == "full", w.recompute == "selective", w.recompute == "selective_block"],
+        [inputs, whole - scores, (whole + inputs) / 2],
+        whole,
+    )
+
+
+def micro_batches_in_flight(w: Workloads, stage: Column) -> Column:
+    """Micro-batches whose activations a stage holds at once: 1F1B's warm-up and one; with virtual
+    stages in units of a whole stage (Megatron-Core's schedule)."""
+    ahead = w.pp - 1 - stage
+    plain = np.minimum(ahead + 1, w.micro_batches)
+    chunks = np.minimum(2 * ahead + (w.vpp_chunks - 1) * w.pp + 1, w.micro_batches * w.vpp_chunks)
+    return np.where(w.vpp_chunks > 1, chunks / w.vpp_chunks, plain)
+
+
+def peak_memory(w: Workloads, c: MemoryConstants) -> tuple[Column, Column]:
+    """Bytes of the fullest rank, and of the one that the source of a row reads."""
+    ends = [memory(w, stage, c) for stage in (0, -1)]
+    fullest = np.maximum(*(end.total for end in ends))
+    printed = [e.total - np.where(prints_tensors_only(w), e.allocator, 0) for e in ends]
+    stage, _ = reading(w)
+    return fullest, np.select([stage == 0, stage == -1], printed, np.maximum(*printed))

@@ -1,0 +1,106 @@
+"""What the published tables mean where their columns do not say it.
+
+    keeps_scores(work); gathers_inputs(work); layers_of_stage(work, stage)
+    stage, unit = reading(work)          # which rank's memory a source prints, in which bytes
+
+Every rule here is a trap that was found by comparing rows of one source with each other; each says
+what it rests on. A source that is not named is taken at its word.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_ext.planning.workload import Column, Workloads
+
+GB, GIB = 1e9, 2.0**30
+Mask = NDArray[np.bool_]
+
+# Narayanan et al. 2021, Megatron-LM's and NeMo's own recipes: norms, biases, dropout and
+# activations run as fused kernels.
+FUSED_STACKS = ("megatron", "nemo")
+# Bandwidth between nodes where it is not the data sheet's: Jean Zay has four 100 Gb/s Omni-Path
+# links a node of eight GPUs.
+NETWORK_GB_PER_S = {"bigscience_tr11": 6.25}
+
+
+def contains(column: NDArray[np.str_], *words: str) -> Mask:
+    """Rows whose text holds one of the words, in any case."""
+    lower = np.char.lower(column)
+    return np.any([np.char.find(lower, word) >= 0 for word in words], axis=0)
+
+
+def has_fused_kernels(w: Workloads) -> Mask:
+    """Whether memory-bound layers run fused."""
+    return contains(w.framework, *FUSED_STACKS)
+
+
+def has_megatron_loss(w: Workloads) -> Mask:
+    """Whether the cross-entropy is Megatron-Core's, which overwrites its float32 logits."""
+    return contains(w.framework, *FUSED_STACKS, "mcore")
+
+
+def keeps_scores(w: Workloads) -> Mask:
+    """Whether the attention scores [heads, sequence, sequence] stay for the backward pass.
+
+    flash_attn says so, except for Megatron-LM's golden values: peaks of one configuration there
+    differ by exactly 5 bytes a score and layer. They are kept without Transformer Engine, in runs
+    from scratch and on the older cluster, not kept in resumed runs and with context parallelism.
+    """
+    golden = w.source_id == "megatron_golden"
+    fused = contains(w.model, "_te_") & contains(w.model, "resume")
+    fused &= ~contains(w.framework, "dracooci")
+    fused |= contains(w.model, "reshard", "memory_speed") | (w.cp > 1)
+    return np.where(golden, ~fused, w.flash_attn == 0)
+
+
+def gathers_inputs(w: Workloads) -> Mask:
+    """Whether column-parallel layers keep their gathered input (2 h bytes a token, not divided).
+
+    Megatron-Core gathers again in the backward pass. nanotron's sweep does either, which no column
+    says: without pipeline always, with one at small tensor-parallel sizes, on 512 GPUs never.
+    """
+    pipelined = (w.tp <= 4) | ((w.pp >= 4) & (w.tp <= 8) & (w.gpus < 512))
+    return (w.framework == "nanotron") & (w.tp > 1) & ((w.pp == 1) | pipelined)
+
+
+def layers_of_stage(w: Workloads, stage: Column, layer_parameters: Column) -> Column:
+    """Transformer layers of a stage: an even share, but nanotron balances the stages by weights and
+    counts the output projection among them, so the first ones hold more."""
+    even = w.num_layers / w.pp
+    head = w.vocab * w.hidden / layer_parameters
+    most = np.minimum(np.ceil((w.num_layers + head) / w.pp), w.num_layers)
+    rest = np.maximum(1.0, w.num_layers - most * (w.pp - 1))
+    balanced = np.where(stage == w.pp - 1, rest, most)
+    return np.where((w.framework == "nanotron") & (w.pp > 1), balanced, even)
+
+
+def network_gb_per_s(w: Workloads) -> Column:
+    """Between nodes, each way, GB/s a GPU."""
+    known = np.array([NETWORK_GB_PER_S.get(str(source), np.nan) for source in w.source_id])
+    return np.where(np.isnan(known), w.gpu.network_gb_per_s, known)
+
+
+def reading(w: Workloads) -> tuple[Column, Column]:
+    """Stage whose memory is printed (-1 the last, nan the fullest) and bytes of the unit.
+
+    From mem_kind, or from the source where that is empty: nanotron prints the first rank in GiB,
+    the golden values the last stage in 10^9 bytes; everybody else the fullest rank in GiB.
+    """
+    golden = (w.source_id == "megatron_golden") | contains(w.mem_kind, "last rank")
+    first = (w.source_id == "nanotron_ultrascale") | contains(w.mem_kind, "rank 0")
+    stage = np.select([golden, first], [-1.0, 0.0], np.nan)
+    return stage, np.where(golden | contains(w.mem_kind, "gb=1e9"), GB, GIB)
+
+
+def prints_tensors_only(w: Workloads) -> Mask:
+    """Whether the bytes of live tensors are printed, not those that the allocator took."""
+    return (w.source_id == "megatron_golden") | contains(w.mem_kind, "allocated_bytes")
+
+
+def usable_for_time(w: Workloads) -> Mask:
+    """Rows whose step time is fitted: nanotron's pipelined runs, those beyond one node of tensor
+    parallelism and those on more than 128 GPUs stalled (their throughput jumps tenfold)."""
+    nanotron = w.source_id == "nanotron_ultrascale"
+    return ~nanotron | ((w.pp == 1) & (w.tp <= 8) & (w.gpus <= 128))
