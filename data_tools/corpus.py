@@ -1,7 +1,7 @@
 """Which files hold the documents, how they are compressed, and which slice they belong to.
 
     sources = find_sources(["data/", "more/*.jsonl.zst"])      # sorted, each once
-    for block in read_blocks(sources[0], 16 << 20): ...        # decompressed, whole lines
+    for block in read_blocks(sources[0], 16 << 20): ...        # decompressed, cut anywhere
 
 JSONL plain, .gz, .zst (any number of frames), .bz2, .xz, and "-" for standard input.
 Refuses inputs that match nothing, a file named twice, and a name that contradicts the content;
@@ -20,10 +20,10 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from data_tools.errors import Failure, UserError
 
@@ -191,9 +191,9 @@ def open_stream(source: Source, raw: BinaryIO) -> BinaryIO:
     if source.compression == "gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
     if source.compression == "bz2":
-        return cast(BinaryIO, bz2.BZ2File(raw, "rb"))
+        return cast(BinaryIO, _Streams(raw, bz2.BZ2Decompressor, padded=False))
     if source.compression == "xz":
-        return cast(BinaryIO, lzma.LZMAFile(raw, "rb"))
+        return cast(BinaryIO, _Streams(raw, lzma.LZMADecompressor, padded=True))
     if source.compression == "zst":
         import zstandard
 
@@ -202,6 +202,40 @@ def open_stream(source: Source, raw: BinaryIO) -> BinaryIO:
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         return cast(BinaryIO, decompressor.stream_reader(raw, read_across_frames=True))
     return raw
+
+
+class _Streams:
+    """Concatenated bzip2 or xz streams, all of which have to be whole.
+
+    bz2.BZ2File and lzma.LZMAFile take whatever is no stream after the first one for the end.
+    `padded`: zeros, a multiple of four, may follow a stream (.xz file format, section 2.2).
+    """
+
+    def __init__(self, raw: BinaryIO, new: Callable[[], Any], padded: bool) -> None:
+        self.raw, self.new, self.padded = raw, new, padded
+        self.one, self.input = new(), b""
+
+    def read(self, size: int) -> bytes:
+        while not self.one.eof or self._begin_next():
+            if self.one.needs_input and not self.input:
+                self.input = self.raw.read(_READ_BYTES)
+                if not self.input:
+                    raise EOFError("it ends inside a stream")
+            data, self.input = self.input, b""
+            if block := self.one.decompress(data, size):
+                return bytes(block)
+        return b""
+
+    def _begin_next(self) -> bool:
+        """Go on behind a finished stream; False where the file ends."""
+        rest, zeros = self.one.unused_data, 0
+        while (rest := rest or self.raw.read(_READ_BYTES)) and self.padded and not rest[0]:
+            zeros += len(rest) - len(rest := rest.lstrip(b"\0"))
+        if zeros % 4:
+            raise EOFError(f"{zeros:,} zeros follow a stream, not a multiple of four")
+        if rest:
+            self.one, self.input = self.new(), rest
+        return bool(rest)
 
 
 def archive_errors() -> tuple[type[BaseException], ...]:

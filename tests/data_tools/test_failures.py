@@ -6,8 +6,10 @@ hangs, preprocess_data_fast.py drops the second half with exit code 0, others th
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,44 @@ def test_archives_of_several_members_are_read_to_the_end(
     assert documents(tmp_path / "out") == expected(tokenizer, GOOD)
 
 
+@pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("damage", ["magic", "header", "middle", "cut", "garbage"])
+def test_a_damaged_later_member_is_an_error(
+    model: str, tmp_path: Path, ending: str, damage: str
+) -> None:
+    members = []
+    for half in (LINES[:50], LINES[50:]):
+        write_compressed(tmp_path / f"x{ending}", b"".join(line + b"\n" for line in half))
+        members.append(bytearray((tmp_path / f"x{ending}").read_bytes()))
+    first, second = members
+    if damage == "cut":
+        del second[len(second) // 2 :]
+    elif damage == "garbage":
+        second += b"garbage"
+    else:
+        second[{"magic": 0, "header": 3, "middle": len(second) // 2}[damage]] ^= 0x40
+    if (ending, damage) in ((".zst", "middle"), (".gz", "header")):
+        pytest.skip(
+            "neither is protected: no checksum in this frame, a reserved flag in that header"
+        )
+    (tmp_path / f"x.jsonl{ending}").write_bytes(first + second)
+    with pytest.raises(Failure, match=r"x\.jsonl.*(truncated|corrupt)"):
+        tokenize([str(tmp_path / f"x.jsonl{ending}")], model, tmp_path / "out", max_rejected="1.0")
+
+
+def test_xz_may_be_padded_with_zeros_by_fours(
+    model: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    halves = [lzma.compress(b"\n".join(half) + b"\n") for half in (LINES[:50], LINES[50:])]
+    path = tmp_path / "x.jsonl.xz"
+    path.write_bytes(halves[0] + bytes(8) + halves[1] + bytes(4))
+    tokenize([str(path)], model, tmp_path / "out")
+    assert documents(tmp_path / "out") == expected(tokenizer, GOOD)
+    path.write_bytes(halves[0] + bytes(6) + halves[1])
+    with pytest.raises(Failure, match=r"x\.jsonl\.xz.*multiple of four"):
+        tokenize([str(path)], model, tmp_path / "other")
+
+
 def test_zstd_frames_without_size_with_checksum_skippable_and_a_long_window(
     model: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -168,6 +208,7 @@ def test_a_flipped_bit_in_a_checked_archive_is_an_error(model: str, tmp_path: Pa
     data = b"".join(line + b"\n" for line in LINES * 10)
     archives = {".gz": gzip.compress(data)}
     archives[".zst"] = zstandard.ZstdCompressor(write_checksum=True).compress(data)
+    archives[".bz2"], archives[".xz"] = bz2.compress(data), lzma.compress(data)
     for ending, content in archives.items():
         for place in range(20, len(content), max(1, len(content) // 40)):
             damaged = bytearray(content)

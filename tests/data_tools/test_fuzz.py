@@ -5,8 +5,10 @@ The judge is Python's json module, line by line, and the tokenizer's own library
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 from pathlib import Path
 
@@ -27,6 +29,12 @@ SPLICES = [
     b"\\u0000", b"\\ud800", b"\\udc00", b"NaN", b"null", b"1e999", b'"text"', b"\xef\xbb\xbf",
     b"\xe2\x80\xa8", b"\x1f\x8b", b"\n\n", b'{"text": "whole"}\n',
 ]  # fmt: skip
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 def judge(line: bytes) -> str | None:
@@ -73,13 +81,20 @@ def read_archive(data: bytes, ending: str) -> bytes | None:
     try:
         if ending == ".gz":
             return gzip.decompress(data) if data else None
+        new = {
+            ".zst": zstandard.ZstdDecompressor().decompressobj,
+            ".bz2": bz2.BZ2Decompressor,
+            ".xz": lzma.LZMADecompressor,
+        }[ending]
         whole, rest = b"", data
         while rest:
-            one = zstandard.ZstdDecompressor().decompressobj()
+            one = new()
             whole += one.decompress(rest)
             if not one.eof:
                 return None
             rest = one.unused_data
+            while ending == ".xz" and rest.startswith(bytes(4)):
+                rest = rest[4:]
         return whole if data else None
     except Exception:
         return None
@@ -90,11 +105,12 @@ def fuzz(rounds: int, seed: int, folder: Path, model: str, tokenizer: Tokenizer)
     rng = random.Random(seed)
     seen = dict.fromkeys(("inputs", "good", "bad", "broken archives"), 0)
     for k in range(rounds):
-        ending = rng.choice(["", "", ".gz", ".zst"])
+        ending = rng.choice(["", "", "", ".gz", ".zst", ".bz2", ".xz"])
         plain = mutate(corpus(rng), rng)
         if ending:
-            checked = zstandard.ZstdCompressor(write_checksum=True)
-            data = gzip.compress(plain) if ending == ".gz" else checked.compress(plain)
+            data = COMPRESS[ending](plain)
+            if rng.random() < 0.3:
+                data += COMPRESS[ending](corpus(rng))
             if rng.random() < 0.5:
                 data = mutate(data, rng)
         else:
