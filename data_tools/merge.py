@@ -169,6 +169,18 @@ def _refuse_missing_tasks(pairs: Sequence[Pair]) -> None:
     options = [{**receipt["options"], "task": 0} for _, _, receipt in pairs if receipt]
     if any(other != options[0] for other in options):
         raise UserError("the tasks were run with different options: run all with the same ones")
+    # Times of change may differ from node to node; shares of bytes depend on names and sizes.
+    seen = [
+        [(entry["path"], entry["size"]) for entry in receipt["wanted"]["inputs"]]
+        for _, _, receipt in pairs
+        if receipt
+    ]
+    for (name, _, _), inputs in zip(pairs, seen, strict=True):
+        if inputs != seen[0]:
+            raise UserError(
+                f"{name} and {pairs[0][0]} saw different inputs, so documents would be missing or "
+                "doubled: run all tasks again on the same files"
+            )
 
 
 def _copy(

@@ -78,6 +78,22 @@ def test_mixtures_are_refused(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("change", ["new file", "new size"])
+def test_tasks_that_saw_different_inputs_are_refused(
+    model: str, tmp_path: Path, change: str
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [f"{i} text" for i in range(30)])
+    tokenize([str(folder)], model, tmp_path / "t0", Options(task=(0, 2)))
+    name = "b" if change == "new file" else "a"
+    write_jsonl(folder / f"{name}.jsonl", [f"{i} more" for i in range(40)])
+    tokenize([str(folder)], model, tmp_path / "t1", Options(task=(1, 2)))
+    with pytest.raises(UserError, match="different inputs"):
+        merge([str(tmp_path / "t0"), str(tmp_path / "t1")], tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize("fault", ["flip", "cut", "grow", "pointer"])
 def test_a_damaged_input_is_noticed(pairs: list[str], tmp_path: Path, fault: str) -> None:
     bin_path, idx_path = indexed.paths(pairs[1])
