@@ -149,6 +149,8 @@ Eq. 10 and 11 say 0 .. L, its listing 0 .. L-1; no value below depends on which)
   Between the two columns lie islands of feasible bases among infeasible ones.
 - **active distance**: the distance whose B_m is zero at the smallest feasible base.
 
+Both columns of bases are rounded up to ten digits, so that the first, typed in, is feasible.
+
 `usable_context` of a base is L_theta of Eq. 10: one less than its first failing distance. When part
 of a head is not rotated, each pair left alone adds cos(0) = 1 to every B_m; with half of them left
 alone nothing can fail.

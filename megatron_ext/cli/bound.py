@@ -4,7 +4,9 @@
     megatron-ext bound --base 1e6                    # first failing distance of a base
     megatron-ext bound --table --plot bound.png      # all lengths 1k .. 1M, and a figure
 
-Refuses (exit 2) questions without a base, a context, a table or a figure, and bases below 1.
+Bases are printed with ten digits, rounded up, so that the base a person copies is feasible; --json
+prints them exactly. Refuses (exit 2) questions without a base, a context, a table or a figure,
+bases of 1 and below, and --listing without a table to add it to.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json as json_module
 import sys
 import time
 from dataclasses import asdict
+from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +43,12 @@ def bound(
         float, typer.Option(help="Part of a head's dimensions that is rotated.")
     ] = 1.0,
     table: Annotated[
-        bool, typer.Option("--table", help="One row for each length 1k, 2k, .. 1M (a minute).")
+        bool,
+        typer.Option(
+            "--table",
+            help="One row for each length 1k, 2k, .. 1M: a minute, for head dim 256 a quarter of "
+            "an hour; --context 32768 stops sooner.",
+        ),
     ] = False,
     listing: Annotated[
         bool, typer.Option("--listing", help="Add the paper's own grid search to the table.")
@@ -66,9 +74,9 @@ def bound(
     if json:
         print(json_module.dumps(answer, indent=2))
     elif isinstance(answer, list):
-        print(format_table(answer, listing))
+        print(format_table(answer, listing, rotary_fraction))
     else:
-        print(_sentence(answer, head_dim, context or HORIZON))
+        print(_sentence(answer, head_dim, context or HORIZON, rotary_fraction))
     if plot is not None:
         print(f"wrote {plot} and {plot.with_suffix('.csv')}", file=sys.stderr)
 
@@ -84,6 +92,8 @@ def _answer(
 ) -> Any:
     if context is None and base is None and not rows_wanted:
         raise UserError("nothing was asked: give --context, --base, --table or --plot")
+    if listing and not rows_wanted:
+        raise UserError("--listing adds a column to the table: write --table --listing")
     if base is not None and base <= 1:
         raise UserError(f"--base {base:g} must be above 1: write for example 10000")
     if plot is not None:
@@ -154,15 +164,17 @@ def table_rows(
     return rows
 
 
-def format_table(rows: list[dict[str, Any]], listing: bool = False) -> str:
-    """Markdown; bases with ten digits."""
+def format_table(
+    rows: list[dict[str, Any]], listing: bool = False, rotary_fraction: float = 1.0
+) -> str:
+    """Markdown; our own bases with ten digits, rounded up."""
     columns = {
         "context": lambda row: f"{row['context_length'] // 1024}k",
         "Table 2": lambda row: short_base(row["published_base"]),
         "its listing": lambda row: short_base(row["listing_base"]),
-        "smallest feasible base": lambda row: f"{row['smallest_feasible_base']:#.10g}",
-        "always feasible above": lambda row: f"{row['always_feasible_base']:#.10g}",
-        "active distance": lambda row: str(row["active_distance"]),
+        "smallest feasible base": lambda row: _least_in_digits(row, rotary_fraction),
+        "always feasible above": lambda row: round_up(row["always_feasible_base"]),
+        "active distance": lambda row: str(row["active_distance"] or "none"),
     }
     if not listing:
         del columns["its listing"]
@@ -176,13 +188,41 @@ def short_base(base: float | None) -> str:
     return "" if base is None else f"{base:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
-def _sentence(answer: dict[str, Any], head_dim: int, context: int) -> str:
+def round_up(base: float, digits: int = 10) -> str:
+    """The least number of so many digits that is not below `base`: 4293.4375693 -> 4293.437570."""
+    exact = Decimal(base)
+    unit = Decimal(1).scaleb(exact.adjusted() + 1 - digits)
+    return f"{float(exact.quantize(unit, ROUND_CEILING)):#.{digits}g}"
+
+
+def _least_in_digits(row: dict[str, Any], rotary_fraction: float) -> str:
+    """The smallest feasible base rounded up to ten digits, or more where rounding leaves the island
+    of feasible bases that it begins."""
+    head_dim, base = row["head_dim"], row["smallest_feasible_base"]
+    rotary_dim = rotary_dimensions(head_dim, rotary_fraction)
+    for digits in range(10, 17):
+        text = round_up(base, digits)
+        inv_freq = base_frequencies(float(text), head_dim, rotary_dim)
+        if judge(inv_freq, row["context_length"]).feasible:
+            return text
+    return repr(base)
+
+
+def _sentence(
+    answer: dict[str, Any], head_dim: int, context: int, rotary_fraction: float = 1.0
+) -> str:
     if "context_length" in answer:
         active = answer["active_distance"]
+        if active is None and answer["always_feasible_base"] <= 1:
+            return (
+                f"{context} tokens with head dim {head_dim} and rotary fraction "
+                f"{rotary_fraction:g} need no base in particular: none from 1 up fails."
+            )
         return (
             f"{context} tokens with head dim {head_dim} need a base of at least "
-            f"{answer['smallest_feasible_base']:.10g} (distance {active} decides); above "
-            f"{answer['always_feasible_base']:.10g} every base will do, between them only some."
+            f"{_least_in_digits(answer, rotary_fraction)} (distance {active} decides); above "
+            f"{round_up(answer['always_feasible_base'])} every base will do, between them only "
+            "some."
         )
     first = answer["first_failing_distance"]
     if first is None:

@@ -2,11 +2,17 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from megatron_ext.cli.bound import round_up
+from megatron_ext.rope.bound import base_frequencies, judge
+from megatron_ext.rope.feasible import smallest_feasible_base
 from tests.conftest import ROOT
 
 
@@ -51,12 +57,44 @@ def test_people_get_a_sentence():
     text = run("--base", "1e4", "--context", 4096).stdout
     assert "first fails at distance 1707" in text
     assert text.count("\n") == 1
-    assert "a base of at least 4293.437569" in run("--context", 1024).stdout
+
+
+@pytest.mark.parametrize(("context", "head_dim"), [(1024, 128), (3, 128), (100, 64), (4096, 80)])
+def test_the_base_that_people_are_told_is_feasible(context, head_dim):
+    text = run("--context", context, "--head-dim", head_dim).stdout
+    least, always = (
+        float(re.search(rf"{word} ([\d.e+]+)", text)[1]) for word in ("least", "above")
+    )
+    exact = smallest_feasible_base(context, head_dim)
+    assert exact <= least < exact * (1 + 1e-9)
+    for base in (least, always):
+        assert judge(base_frequencies(base, head_dim), context).feasible
+
+
+@given(st.floats(1, 1e15), st.integers(2, 16))
+def test_rounding_up_is_never_below_and_less_than_a_digit_above(base, digits):
+    rounded = float(round_up(base, digits))
+    assert base <= rounded <= base * (1 + 10.0 ** (1 - digits))
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--rotary-fraction", 0.5, "--context", 4096), ("--context", 2)]
+)
+def test_where_nothing_fails_people_are_told_so(arguments):
+    text = run(*arguments).stdout
+    assert "need no base in particular: none from 1 up fails." in text
+    assert "None" not in text
+    assert text.count("\n") == 1
+
+
+def test_a_table_where_nothing_fails_names_no_distance():
+    text = run("--table", "--context", 1024, "--rotary-fraction", 0.5).stdout
+    assert "| 1k |  | 1.000000000 | 1.000000000 | none |" in text
 
 
 def test_the_table_shows_both_columns_of_the_paper():
     text = run("--table", "--context", 4096, "--listing").stdout
-    assert "| 4k | 2.7e4 | 2.9e4 | 26952.33923 | 58789.50415 | 4012 |" in text
+    assert "| 4k | 2.7e4 | 2.9e4 | 26952.33923 | 58789.50416 | 4012 |" in text
     rows = json.loads(run("--table", "--context", 2048, "--head-dim", 64, "--json").stdout)
     assert [row["context_length"] for row in rows] == [1024, 2048]
     assert rows[0]["published_base"] is None  # the paper's table is of head dim 128
@@ -87,6 +125,7 @@ def test_a_figure_comes_with_its_numbers(tmp_path):
         (["--base", "nan"], "must be a"),
         (["--base", 1e4, "--head-dim", 63], "must be even"),
         (["--table", "--context", 100], "write 1024 or more"),
+        (["--context", 1024, "--listing"], "write --table --listing"),
         (["--context", 1024, "--plot", "figure.doc"], "ends in .png"),
         (["--context", 1024, "--plot", "nowhere/figure.png"], "make nowhere first"),
     ],
