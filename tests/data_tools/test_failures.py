@@ -204,20 +204,33 @@ def test_zstd_frames_without_size_with_checksum_skippable_and_a_long_window(
     assert documents(tmp_path / "out") == expected(tokenizer, GOOD)
 
 
-def test_a_flipped_bit_in_a_checked_archive_is_an_error(model: str, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_checked_archive_is_an_error(
+    model: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     data = b"".join(line + b"\n" for line in LINES * 10)
     archives = {".gz": gzip.compress(data)}
     archives[".zst"] = zstandard.ZstdCompressor(write_checksum=True).compress(data)
     archives[".bz2"], archives[".xz"] = bz2.compress(data), lzma.compress(data)
     for ending, content in archives.items():
+        path = tmp_path / f"x.jsonl{ending}"
         for place in range(20, len(content), max(1, len(content) // 40)):
             damaged = bytearray(content)
             damaged[place] ^= 0x10
-            (tmp_path / f"x.jsonl{ending}").write_bytes(damaged)
+            path.write_bytes(damaged)
+            if ending == ".bz2" and bz2_means_the_same(damaged, data):
+                tokenize([str(path)], model, tmp_path / "out", overwrite=True)
+                assert documents(tmp_path / "out") == expected(tokenizer, GOOD * 10)
+                continue
             with pytest.raises(Failure, match=r"x\.jsonl"):
-                tokenize(
-                    [str(tmp_path / f"x.jsonl{ending}")], model, tmp_path / "out", overwrite=True
-                )
+                tokenize([str(path)], model, tmp_path / "out", overwrite=True)
+
+
+def bz2_means_the_same(damaged: bytes, data: bytes) -> bool:
+    """Some bits of a bzip2 header describe codes that no symbol uses: nothing depends on them."""
+    try:
+        return bz2.decompress(damaged) == data
+    except OSError:
+        return False
 
 
 def test_a_name_that_contradicts_the_content_is_an_error(model: str, tmp_path: Path) -> None:
