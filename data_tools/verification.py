@@ -158,7 +158,7 @@ def _verify_tokens(
                 stop = start + len(ids) * item
                 low, high = np.searchsorted(index.pointers, [start, stop], side="right")
                 ends = index.pointers[low:high]
-                if high == len(index.pointers) and high > 0:
+                if stop == index.tokens * item:
                     ends = np.append(ends, stop)
                 last = ids[(ends - start) // item - 1]
                 if (last != eod).any():

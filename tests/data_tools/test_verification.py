@@ -103,6 +103,18 @@ def test_without_a_receipt_the_structure_is_checked(sound: Path, tmp_path: Path,
     assert "sequence 8 begins at" in capsys.readouterr().out
 
 
+def test_a_last_document_longer_than_a_block_ends_where_the_file_ends(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair_module, "CHECKED_BYTES", 4096)
+    for count in (0, 1, 3):
+        texts = [*(["short"] * count), library_text()[0]]
+        write_jsonl(tmp_path / f"{count}.jsonl", texts)
+        tokenize([str(tmp_path / f"{count}.jsonl")], model, tmp_path / f"out{count}")
+        assert (tmp_path / f"out{count}.bin").stat().st_size > 3 * 4096
+        assert verify(tmp_path / f"out{count}") == []
+
+
 def test_wrong_ids_are_named_even_if_checksums_agree(sound: Path, tmp_path: Path) -> None:
     """A pair written wrongly from the start: an id beyond the vocabulary, an EOD missing."""
     from data_tools.pair import PairWriter, publish
