@@ -3,10 +3,11 @@
     report = deduplicate(["data/"], "duplicates.jsonl")                  # exact, after normalising
     deduplicate(["data/"], "duplicates.jsonl", near=True, output="clean/")
 
-Exact: the same words in the same order, letters' case, punctuation and white space aside; 32 bytes
-of memory a document. Near: MinHash (Broder 1997) over 5-word shingles with locality-sensitive
-hashing, by datasketch (the `dedup` extra); estimated Jaccard similarity of `threshold` or more, in
-memory. The first document in input order is kept. Removing writes new files and leaves the inputs.
+Exact: the same words in the same order, letters' case, punctuation and white space aside (without
+any word, the same text); 32 bytes of memory a document. Near: MinHash (Broder 1997) over 5-word
+shingles with locality-sensitive hashing, by datasketch (the `dedup` extra); estimated Jaccard
+similarity of `threshold` or more, in memory. The first document in input order is kept. Removing
+writes new files and leaves the inputs.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def deduplicate(
     index = _NearIndex(threshold) if near else None
     near_of: dict[int, tuple[int, float]] = {}
     for number, line, text in _documents(sources, text_keys):
-        words = normalise(text)
+        # A text without any word (emoji, rules of dashes) is compared as it is.
+        words = normalise(text) or [text]
         digest = xxhash.xxh3_128_intdigest(" ".join(words).encode())
         k = len(places)
         places.append(number << 40 | line.number)

@@ -68,6 +68,15 @@ def test_normalising_looks_at_words_only() -> None:
     assert normalise("Ｈello,\tWORLD… x²") == ["hello", "world", "x2"]
 
 
+def test_documents_without_words_are_compared_as_they_are(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", ["🙂🙂", "!!!", "🙂🙂", "— …", "word", "?"])
+    for near in (False, True):
+        if near:
+            pytest.importorskip("datasketch")
+        deduplicate([str(tmp_path / "x.jsonl")], tmp_path / "report.jsonl", near=near)
+        assert report_of(tmp_path / "report.jsonl") == [("x.jsonl", 3, "x.jsonl", 1)]
+
+
 def test_near_duplicates(tmp_path: Path) -> None:
     pytest.importorskip("datasketch")
     rng = random.Random(0)
