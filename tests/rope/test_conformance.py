@@ -25,11 +25,13 @@ from megatron_ext.rope.frequencies import (
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+from tests.rope.in_float64 import in_float64  # noqa: E402 -- after torch is known to be there
 
 BASES = (1e4, 5e5, 12345.6, 1e8)
 HEAD_DIMS = (64, 80, 96, 128, 256)
 FACTORS = (1.0, 2.0, 2.5, 8.0, 32.0)
 LENGTHS = (2048, 4096, 8192)
+CASE = "(base, head dim, factor, original length, current length)"
 
 
 def rule_of(name: str, factor: float, length: int, head_dim: int):
@@ -86,15 +88,6 @@ def hf_config(base, head_dim, rule, context_length):
     )
 
 
-class Float64Torch:
-    """torch for a module that says torch.float and means "enough digits"."""
-
-    float = float32 = torch.float64
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-
 def hf_frequencies(config, current_length: int) -> tuple[np.ndarray, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -108,7 +101,7 @@ def hf_frequencies(config, current_length: int) -> tuple[np.ndarray, float]:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_frequencies_are_those_of_transformers(name, monkeypatch):
+def test_frequencies_are_those_of_transformers(name):
     from transformers import modeling_rope_utils
     from transformers.models.llama import modeling_llama
 
@@ -120,9 +113,7 @@ def test_frequencies_are_those_of_transformers(name, monkeypatch):
         for current in (length, length + 1, 4 * length):
             ours = rope_frequencies(base, head_dim, rule, current_length=current)
             shipped, attention_factor = hf_frequencies(config, current)
-            with monkeypatch.context() as patch:
-                for module in (modeling_rope_utils, modeling_llama):
-                    patch.setattr(module, "torch", Float64Torch())
+            with in_float64(modeling_rope_utils, modeling_llama):
                 exact, _ = hf_frequencies(config, current)
             for kind, theirs in (("float32", shipped), ("float64", exact)):
                 error = float(np.abs(ours.inv_freq / theirs - 1).max())
@@ -130,14 +121,11 @@ def test_frequencies_are_those_of_transformers(name, monkeypatch):
             assert ours.attention_factor == pytest.approx(attention_factor, rel=1e-12)
             cases += 1
     print(
-        f"\n{name}: {cases} cases; worst relative error {worst['float64'][0]:.1e} to transformers "
-        f"in float64, {worst['float32'][0]:.1e} as shipped, at (base, head dim, factor, original "
-        f"length, current length) = {worst['float32'][1]}"
+        f"\n{name}: {cases} cases; worst relative error {worst['float64'][0]:.1e} in float64, at "
+        f"{CASE} = {worst['float64'][1]}; {worst['float32'][0]:.1e} as shipped, at "
+        f"{worst['float32'][1]}"
     )
-    # LongRoPE's function calls .float() on its exponents, so it has float32 digits either way,
-    # and exported factor lists are read by that function.
-    in_float32 = name in ("longrope", "yarn, paper", "yarn, revised")
-    assert worst["float64"][0] < (1e-6 if in_float32 else 1e-12)
+    assert worst["float64"][0] < 1e-12
     assert worst["float32"][0] < (3e-6 if name in ("yarn, ends not rounded", "llama3") else 1e-6)
 
 
