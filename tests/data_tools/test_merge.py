@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from data_tools.errors import Failure, UserError
 from data_tools.merge import find_prefixes, merge
 from data_tools.options import Options
 from data_tools.receipt import receipt_path
+from data_tools.splitting import split
 from data_tools.tokenization import tokenize
 from data_tools.verification import verify
 
@@ -119,6 +121,26 @@ def test_globs_are_sorted_and_a_second_run_does_nothing(pairs: list[str], tmp_pa
     assert merge(pairs, tmp_path / "out")["reused"] is True
     with pytest.raises(UserError, match="--overwrite"):
         merge(pairs[:2], tmp_path / "out")
+
+
+def test_a_touched_input_can_be_merged_again(pairs: list[str], tmp_path: Path) -> None:
+    first = merge(pairs, tmp_path / "out")
+    os.utime(indexed.paths(pairs[1])[0], ns=(1, 1))
+    with pytest.raises(UserError, match="--overwrite"):
+        merge(pairs, tmp_path / "out")
+    again = merge(pairs, tmp_path / "out", overwrite=True)
+    assert again["outputs"] == first["outputs"] and again["reused"] is False
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_touched_pair_can_be_split_again(pairs: list[str]) -> None:
+    shares = {"train": 0.5, "test": 0.5}
+    first = split(pairs[0], shares)
+    os.utime(indexed.paths(pairs[0])[0], ns=(1, 1))
+    with pytest.raises(UserError, match="--overwrite"):
+        split(pairs[0], shares)
+    again = split(pairs[0], shares, overwrite=True)
+    assert again["train"]["outputs"] == first["train"]["outputs"]
 
 
 def test_memory_does_not_grow_with_documents(tmp_path: Path) -> None:
