@@ -44,7 +44,7 @@ def run_tokenize(given: Namespace) -> None:
         fast=given.fast,
         quiet=given.quiet,
     )
-    rejected = sum(receipt["counts"]["rejected"].values())
+    rejected = sum((receipt["counts"]["rejected"] or {}).values())
     tail = f", {rejected:,} lines rejected (see {prefix}.rejected.jsonl)" if rejected else ""
     _show(given, receipt, _written(prefix, receipt) + tail)
 

@@ -23,7 +23,7 @@ import xxhash
 
 from data_tools import indexed
 from data_tools.errors import Failure, UserError
-from data_tools.files import COPY_BYTES, write_json
+from data_tools.files import COPY_BYTES, json_bytes, write_json
 from data_tools.indexed import CHUNK, Index
 from data_tools.pair import PairWriter, shuffled
 from data_tools.publication import finished, publish_all, work_folder
@@ -242,6 +242,34 @@ def _join_rejected(pairs: Sequence[Pair], folder: Path) -> int:
     return count
 
 
+def _joined_counts(receipts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of what all inputs count; None for what one of them does not.
+
+    Shards count some things for all of them together: known when all are here.
+    """
+    parts = [receipt["counts"] for receipt in receipts if "shard" not in receipt]
+    runs: dict[bytes, list[dict[str, Any]]] = {}
+    for receipt in receipts:
+        if "shard" in receipt:
+            runs.setdefault(json_bytes(receipt["wanted"]), []).append(receipt["shard"])
+    for shards in runs.values():
+        complete = sorted(shard["number"] for shard in shards) == list(range(shards[0]["of"]))
+        parts.append(shards[0]["counts"] if complete else {})
+    counts: dict[str, Any] = {}
+    for key in ("characters", "bytes", "lines", "rejected", "literal_control_tokens", "slices"):
+        values = [part.get(key) for part in parts]
+        counts[key] = None if None in values or not values else _total(values)
+    return counts
+
+
+def _total(values: Sequence[Any]) -> Any:
+    """The sum of numbers, or of dictionaries of them key by key."""
+    if not isinstance(values[0], dict):
+        return sum(values)
+    keys = sorted({key for value in values for key in value})
+    return {key: _total([value[key] for value in values if key in value]) for key in keys}
+
+
 def _joined_receipt(
     pairs: Sequence[Pair],
     outputs: list[dict[str, Any]],
@@ -250,26 +278,17 @@ def _joined_receipt(
     shard_tokens: int,
 ) -> dict[str, Any]:
     receipts = [receipt for _, _, receipt in pairs if receipt]
-    counts: dict[str, Any] = {
+    counts = {
+        **_joined_counts(receipts),
         "documents": sum(pair["documents"] for pair in outputs),
         "tokens": sum(pair["tokens"] for pair in outputs),
     }
-    for key in ("characters", "bytes", "lines"):
-        counts[key] = sum(receipt["counts"].get(key, 0) for receipt in receipts)
-    for key in ("rejected", "literal_control_tokens"):
-        total: Counter[str] = Counter()
-        for receipt in receipts:
-            total.update(receipt["counts"].get(key, {}))
-        counts[key] = dict(sorted(total.items()))
-    slices: dict[str, Counter[str]] = {}
-    for receipt in receipts:
-        for name, numbers in receipt["counts"].get("slices", {}).items():
-            slices.setdefault(name, Counter()).update(numbers)
-    counts["slices"] = {name: dict(numbers) for name, numbers in sorted(slices.items())}
+    # Shards of one run all name its inputs.
+    inputs = {json_bytes(entry): entry for receipt in receipts for entry in receipt["inputs"]}
     return {
         "format": FORMAT,
         "kind": "tokens",
-        "inputs": [entry for receipt in receipts for entry in receipt["inputs"]],
+        "inputs": list(inputs.values()),
         "merged": [name for name, _, _ in pairs],
         "tokenizer": receipts[0]["tokenizer"] if receipts else {},
         "options": {

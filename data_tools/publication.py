@@ -121,6 +121,7 @@ def publish_all(folder: Path, prefix: Path) -> dict[str, Any]:
     """Files into place, the receipt last, the work folder away. Harmless to repeat."""
     receipt = read_json(folder / "publish.json")
     pairs_folder = receipt.pop("pairs_folder")
+    _remove_replaced(prefix, receipt)
     receipt_path(prefix).unlink(missing_ok=True)  # of what is being replaced
     publish(folder / pairs_folder, prefix, receipt["outputs"]["pairs"])
     listed = Path(f"{prefix}.rejected.jsonl")
@@ -132,26 +133,44 @@ def publish_all(folder: Path, prefix: Path) -> dict[str, Any]:
             rejects.unlink()
             listed.unlink(missing_ok=True)
     if len(receipt["outputs"]["pairs"]) > 1 or receipt["options"]["shard_tokens"]:
-        for pair in receipt["outputs"]["pairs"]:
-            write_receipt(prefix.with_name(pair["prefix"]), _shard_receipt(receipt, pair))
+        for number, pair in enumerate(receipt["outputs"]["pairs"]):
+            write_receipt(prefix.with_name(pair["prefix"]), _shard_receipt(receipt, number, pair))
     receipt = write_receipt(prefix, receipt)
     shutil.rmtree(folder, ignore_errors=True)
     return {**receipt, "reused": False}
 
 
-def _shard_receipt(receipt: dict[str, Any], pair: dict[str, Any]) -> dict[str, Any]:
-    """A shard can be loaded, verified and merged alone; slices are counted for all shards
-    together.
+def _remove_replaced(prefix: Path, receipt: dict[str, Any]) -> None:
+    """Remove the pairs that the old receipt lists and the new one does not: they look valid.
+
+    Shards that were just merged stay: they are inputs, not leftovers.
     """
-    counts = {
-        "documents": pair["documents"],
-        "tokens": pair["tokens"],
-        "rejected": {},
-        "slices": {},
-    }
+    old = read_receipt(prefix) or {"outputs": {"pairs": []}}
+    keep = {prefix.with_name(pair["prefix"]) for pair in receipt["outputs"]["pairs"]}
+    inputs = {os.path.realpath(name) for name in receipt.get("merged", ())}
+    for pair in old["outputs"]["pairs"]:
+        name = prefix.with_name(pair["prefix"])
+        if name not in keep and os.path.realpath(name) not in inputs:
+            for path in (receipt_path(name), *indexed.paths(name)):
+                path.unlink(missing_ok=True)
+
+
+def _shard_receipt(receipt: dict[str, Any], number: int, pair: dict[str, Any]) -> dict[str, Any]:
+    """A shard can be loaded, verified and merged alone. What is counted for all shards together
+    is null in `counts`; `shard` has it, for `merge` to carry on when it sees all of them.
+    """
     return {
         **receipt,
-        "counts": counts,
+        "counts": {
+            **dict.fromkeys(receipt["counts"]),
+            "documents": pair["documents"],
+            "tokens": pair["tokens"],
+        },
+        "shard": {
+            "number": number,
+            "of": len(receipt["outputs"]["pairs"]),
+            "counts": receipt["counts"],
+        },
         "lengths": [],
         "outputs": {**receipt["outputs"], "pairs": [pair]},
     }

@@ -132,7 +132,7 @@ def _write(
             "documents": pairs[0]["documents"],
             "tokens": pairs[0]["tokens"],
             "rejected": {},
-            "slices": {},
+            "slices": None,  # ids do not tell
         },
         "lengths": counts.tolist(),
         "outputs": {"dtype": index.dtype.name, "pairs": pairs},

@@ -112,6 +112,45 @@ def test_shards_merge_to_the_same_bytes(reference: Path, model: str, tmp_path: P
     assert outputs(tmp_path / "merged") == outputs(reference / "out")
 
 
+def test_a_merge_of_shards_has_a_true_receipt(reference: Path, model: str, tmp_path: Path) -> None:
+    options = Options(shard_tokens=20_000, part_bytes=4096)
+    whole = tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", options)
+    names = [str(tmp_path / pair["prefix"]) for pair in whole["outputs"]["pairs"]]
+    merged = merge(names, tmp_path / "merged")
+    for key in ("inputs", "counts", "lengths"):
+        assert merged[key] == whole[key]
+    # Characters and slices of some shards alone are nowhere counted: null, not zero.
+    some = merge(names[:2], tmp_path / "some")
+    assert {key for key, value in some["counts"].items() if value is not None} == {
+        "documents", "tokens",
+    }  # fmt: skip
+    assert some["counts"]["documents"] == sum(
+        pair["documents"] for pair in whole["outputs"]["pairs"][:2]
+    )
+    assert some["inputs"] == whole["inputs"]
+
+
+def test_overwriting_shards_leaves_none_of_the_old(
+    reference: Path, model: str, tmp_path: Path
+) -> None:
+    source = [str(reference / "c4.jsonl")]
+    tokenize(source, model, tmp_path / "out", Options(shard_tokens=20_000))
+    (tmp_path / "out-other.bin").write_bytes(b"not ours")
+    few = tokenize(source, model, tmp_path / "out", Options(shard_tokens=60_000), overwrite=True)
+    kept = {pair["prefix"] for pair in few["outputs"]["pairs"]}
+    found = {path.name.split(".")[0] for path in tmp_path.glob("out*")}
+    assert found == kept | {"out", "out-other"}
+    assert verify(tmp_path / "out") == []
+    # Shards merged under their own name are inputs, and stay.
+    merge([str(tmp_path / name) for name in sorted(kept)], tmp_path / "out", overwrite=True)
+    assert all((tmp_path / f"{name}.bin").exists() for name in kept)
+    tokenize(source, model, tmp_path / "out", Options(shard_tokens=60_000), overwrite=True)
+    tokenize(source, model, tmp_path / "out", overwrite=True)
+    assert {path.name for path in tmp_path.glob("out*")} == {
+        "out.bin", "out.idx", "out.receipt.json", "out-other.bin",
+    }  # fmt: skip
+
+
 def test_a_seed_shuffles_documents_reproducibly(
     reference: Path, model: str, tmp_path: Path
 ) -> None:
