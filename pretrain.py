@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_ext.checkpoint.manifest import MANIFEST, find_checkpoints
 from megatron_ext.config import Config, load_config, validate
-from megatron_ext.data.corpora import check_corpora, epochs, fingerprint_of
+from megatron_ext.data.corpora import cache_parent, check_corpora, epochs, fingerprint_of
 from megatron_ext.errors import UserError
 from megatron_ext.training.watch import StopSignals
 
@@ -47,7 +47,11 @@ def check(config: Config, options: argparse.Namespace) -> int:
     from megatron_ext.planning.preflight import preflight
     from megatron_ext.planning.ranks import check_ranks
 
-    world_size = options.world_size or config.parallel.world_size
+    world_size = options.world_size
+    if world_size is None:
+        world_size = config.parallel.world_size
+    if world_size < 1:
+        raise UserError(f"--world-size {world_size} is no number of ranks: write at least 1")
     report = preflight(config, world_size)
     # Ranks take seconds to build: only those of a config that is right.
     ranks = check_ranks(config, world_size, options.gpu, options.slurm) if report.ok else None
@@ -82,8 +86,9 @@ def pretrain(config: Config, signals: StopSignals) -> int:
         log = start_logging(here.is_main)
         for warning in validate(config, here.size):
             log.warning(warning)
-        for name, times in epochs(config).items():
-            log.info("data: %s is read %.3g times", name, times)
+        if here.is_main:
+            for name, times in epochs(config).items():
+                log.info("data: %s is read %.3g times", name, times)
         data = blend.build_datasets(config)
         model = build_model(config)
         optimizer = build_optimizer(model, config)
@@ -115,12 +120,14 @@ def pretrain(config: Config, signals: StopSignals) -> int:
 def check_machine(config: Config) -> None:
     """Raise UserError for what would fail only after the model was built."""
     run_dir = config.training.run_dir
-    there = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"training.run_dir={run_dir} cannot be written: {there} is "
-            f"{'not writable' if there.is_dir() else 'no folder'}; choose another training.run_dir"
-        )
+    folders = {"training.run_dir": run_dir, "data.cache_dir": cache_parent(config)}
+    for setting, folder in folders.items():
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{setting}={folder} cannot be written: {there} is "
+                f"{'not writable' if there.is_dir() else 'no folder'}; choose another {setting}"
+            )
     source = config.training.init_from
     beginning = source is not None and not find_checkpoints(run_dir)
     if beginning and not (source / MANIFEST).is_file() and not find_checkpoints(source):

@@ -11,6 +11,8 @@ import datetime
 import os
 import random
 import subprocess
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,8 +72,10 @@ def world(config: Config) -> Iterator[World]:
         )
     cpu.prepare()
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+        # A launcher may show each process one GPU only, its own.
+        local_device = local_rank % torch.cuda.device_count()
+        torch.cuda.set_device(local_device)
+        device = torch.device("cuda", local_device)
     else:
         device = torch.device("cpu")
     _set_rendezvous()
@@ -91,6 +95,14 @@ def world(config: Config) -> Iterator[World]:
         )
         _seed(config.training.seed)
         yield World(rank, size, local_rank, device)
+    except Exception as error:
+        if size > 1 and not isinstance(error, UserError):
+            # The others may wait for us in a collective, and so would a tidy end here: say what
+            # happened and go, which makes the launcher end them.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        raise
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

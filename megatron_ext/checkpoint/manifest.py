@@ -84,10 +84,12 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+def prune(run_dir: Path, keep_last: int, keep_every: int | None, done: int) -> list[Path]:
     """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`
-    steps; leftovers of unfinished saves go too. Returns what was deleted."""
-    checkpoints = find_checkpoints(run_dir)
+    steps; leftovers of unfinished saves go too. Those after step `done` are not looked at: a run
+    that went back behind a damaged one must not keep that and delete its own. Returns what was
+    deleted."""
+    checkpoints = [folder for folder in find_checkpoints(run_dir) if step_of(folder) <= done]
     doomed = [
         checkpoint
         for checkpoint in checkpoints[keep_last:]

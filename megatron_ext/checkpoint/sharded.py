@@ -58,8 +58,11 @@ def save(
     if dist.get_rank() == 0:
         manifest.write_json(folder / "run.json", {"step": step, **record})
     dist.barrier()
-    # Each rank reads back its share of the files.
-    names = sorted(file.name for file in folder.iterdir())
+    # Each rank reads back its share of the files, as rank 0 lists them: another node's listing of a
+    # shared folder may lag behind.
+    listed = [sorted(file.name for file in folder.iterdir())] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(listed)
+    names = listed[0] or []
     mine = manifest.file_facts(folder, names[dist.get_rank() :: dist.get_world_size()])
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
@@ -107,11 +110,7 @@ def load_weights(
 
     Returns the checkpoint. Raises UserError when there is none or it is damaged.
     """
-    checkpoint: Path | None = source
-    if not (source / manifest.MANIFEST).is_file():
-        checkpoint = newest_valid_everywhere(source)
-    elif problems := manifest.verify(source):
-        raise UserError(f"{source} is damaged: {problems[0]}; choose another checkpoint")
+    checkpoint = newest_valid_everywhere(source)
     if checkpoint is None:
         raise UserError(f"{source} is neither a checkpoint nor a run folder that holds one")
     loaded = dist_checkpointing.load(_sharded_state(model), str(checkpoint))
@@ -122,10 +121,15 @@ def load_weights(
 
 
 def newest_valid_everywhere(run_dir: Path) -> Path | None:
-    """The newest checkpoint that verifies, as rank 0 sees it, told to every rank."""
+    """The newest checkpoint of a run that verifies, or the very one named, as rank 0 sees it and
+    tells every rank; None when there is none. Raises UserError when none verifies."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
-        checkpoint, problems = manifest.newest_valid(run_dir)
+        if (run_dir / manifest.MANIFEST).is_file():  # a checkpoint itself
+            problems = manifest.verify(run_dir)
+            checkpoint = None if problems else run_dir
+        else:
+            checkpoint, problems = manifest.newest_valid(run_dir)
         for problem in problems:
             log.warning("damaged checkpoint: %s", problem)
         if checkpoint is None and problems:

@@ -29,7 +29,17 @@ def validate(config: Config, world_size: int | None = None) -> list[str]:
     check_schedule(config)
     check_precision(config)
     check_intervals(config)
+    check_kernels(config)
     return check_bound(config)
+
+
+def check_kernels(config: Config) -> None:
+    """Masks between documents are PyTorch's alone."""
+    if config.data.mask_documents and config.kernels.backend == "transformer_engine":
+        raise ConfigError(
+            "data.mask_documents=true needs a mask that kernels.backend=transformer_engine does "
+            "not take: use kernels.backend=torch or auto"
+        )
 
 
 def check_heads(config: Config) -> None:

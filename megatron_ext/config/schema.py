@@ -122,7 +122,7 @@ class Data(Section):
     """Tokenizer that made the token files; evaluation on raw text and export need it. Unset: the
     one named by the corpora's receipts."""
     cache_dir: Path | None = setting(None)
-    """Folder of the sample index; unset: `cache` beside each corpus. Shared by all ranks."""
+    """Folder of the sample index; unset: `cache` beside the first corpus. Shared by all ranks."""
     mask_documents: bool = setting(False)
     """Keep attention within each document of a sample and restart positions there; needs the torch
     kernels and token files written with an end-of-document id."""

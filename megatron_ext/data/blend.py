@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_ext.config import Config
-from megatron_ext.data.corpora import check_corpora, eod_id, fingerprint_of
+from megatron_ext.data.corpora import cache_parent, eod_id, fingerprint_of
 from megatron_ext.data.positions import per_document
 
 
@@ -51,12 +52,10 @@ def build_datasets(config: Config) -> tuple[Dataset, Dataset]:
 
     The sample index is built once into a private folder and published by a rename, so neither a
     kill nor another job that builds the same one leaves half an index behind. The folder's name is
-    made from the data's fingerprint: token files written anew never meet an old index.
-    Raises UserError when a corpus cannot serve.
+    made from the data's fingerprint: token files written anew never meet an old index. Expects
+    corpora that `check_corpora` let through.
     """
-    check_corpora(config)
-    first = next(iter(config.data.corpora.values()))
-    parent = config.data.cache_dir or first.path.parent / "cache"
+    parent = cache_parent(config)
     cache = parent / _cache_key(config)
     private = _as_rank_0_says(None if cache.is_dir() else parent / f".{cache.name}.{uuid.uuid4()}")
     if private is not None:
@@ -89,8 +88,10 @@ def _publish(private: Path, cache: Path) -> None:
             os.fsync(stream.fileno())
     try:
         private.rename(cache)
-    except OSError:  # another job was faster, with the same content
-        shutil.rmtree(private, ignore_errors=True)
+    except OSError:
+        if not cache.is_dir():
+            raise
+        shutil.rmtree(private, ignore_errors=True)  # another job was faster, with the same content
 
 
 def _open(config: Config, cache: Path) -> tuple[Dataset, Dataset]:
@@ -144,11 +145,19 @@ def micro_batches(
         batch_sampler=MicroBatchSampler(config, layout, first_step, last_step),
         collate_fn=partial(_collate, eod=eod_id(config) if config.data.mask_documents else None),
         num_workers=workers,
+        worker_init_fn=_ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         multiprocessing_context="fork" if workers > 0 else None,
     )
     return iter(loader)
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A signal to the whole process group is the training process' to answer: were its loader to
+    die of it, the last step could not be finished and saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(samples: list[dict[str, torch.Tensor]], eod: int | None) -> dict[str, torch.Tensor]:

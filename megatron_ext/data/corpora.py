@@ -3,7 +3,7 @@
     check_corpora(config)                          # raises UserError
     fingerprint_of(config)                         # what the sample order is made from
 
-Refuses missing, truncated or foreign files, tokens beyond the model's vocabulary, and a validation
+Refuses missing, truncated or foreign files, a receipt's vocabulary beyond the model's, a validation
 share that leaves a corpus without documents on either side (Megatron-Core 0.16.1 then counts epochs
 of nothing for ever, gpt_dataset.py:634).
 """
@@ -30,8 +30,6 @@ def check_corpora(config: Config) -> None:
         )
     for error in corpus_errors(config):
         raise UserError(error)
-    if config.data.mask_documents:
-        eod_id(config)
 
 
 def corpus_errors(config: Config) -> list[str]:
@@ -44,6 +42,11 @@ def corpus_errors(config: Config) -> list[str]:
             _check_split(name, corpus, config.data.validation_fraction)
         except (UserError, DataToolsError) as error:
             errors.append(str(error))
+    if config.data.mask_documents and not errors:
+        try:
+            eod_id(config)
+        except UserError as error:
+            errors.append(str(error))
     return errors
 
 
@@ -52,17 +55,15 @@ def fingerprint_of(config: Config) -> dict[str, Any]:
     order. Kept in the run folder and in every checkpoint."""
     corpora = {}
     for name, corpus in config.data.corpora.items():
-        index = Path(f"{corpus.path}.idx")
         corpora[name] = {
             "path": str(corpus.path),
             "weight": corpus.weight,
-            "bin_bytes": Path(f"{corpus.path}.bin").stat().st_size,
-            "idx_bytes": index.stat().st_size,
-            "idx_xxh3": _checksum(index),
+            **_file_facts(corpus.path),
             "tokenizer": _tokenizer(corpus.path).get("hash"),
         }
     return {
         "corpora": corpora,
+        "order": list(corpora),  # the blend interleaves them in this order
         "validation_fraction": config.data.validation_fraction,
         "sequence_length": config.training.sequence_length,
         "global_batch_size": config.training.global_batch_size,
@@ -70,6 +71,12 @@ def fingerprint_of(config: Config) -> dict[str, Any]:
         "seed": config.training.seed,
         "mask_documents": config.data.mask_documents,
     }
+
+
+def cache_parent(config: Config) -> Path:
+    """The folder of sample indices: data.cache_dir, else `cache` beside the first corpus."""
+    first = next(iter(config.data.corpora.values()))
+    return config.data.cache_dir or first.path.parent / "cache"
 
 
 def epochs(config: Config) -> dict[str, float]:
@@ -152,14 +159,26 @@ def _check_split(name: str, corpus: Corpus, fraction: float) -> None:
             )
 
 
+def _file_facts(prefix: Path) -> dict[str, Any]:
+    """Sizes and checksums of a pair, as its receipt has them; without one that fits, the .idx is
+    read and the .bin known by its size alone."""
+    bin_file, idx_file = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    facts = {"bin_bytes": bin_file.stat().st_size, "idx_bytes": idx_file.stat().st_size}
+    for pair in (read_receipt(prefix) or {}).get("outputs", {}).get("pairs", []):
+        sizes = {"bin_bytes": pair["bin"]["size"], "idx_bytes": pair["idx"]["size"]}
+        if sizes == facts:
+            return facts | {"bin": pair["bin"]["checksum"], "idx": pair["idx"]["checksum"]}
+    return facts | {"idx": _checksum(idx_file)}
+
+
 def _tokenizer(prefix: Path) -> dict[str, Any]:
     """What the receipt says of the tokenizer; empty for token files that came without one."""
     return (read_receipt(prefix) or {}).get("tokenizer", {})
 
 
 def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_64()
+    digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
-    return digest.hexdigest()
+    return f"xxh128:{digest.hexdigest()}"

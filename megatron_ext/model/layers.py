@@ -46,11 +46,6 @@ class Backend:
 def choose_backend(wanted: str, mask_documents: bool = False) -> Backend:
     """Settle `kernels.backend`. Raises UserError when the wanted one is not to be had."""
     if mask_documents:
-        if wanted == "transformer_engine":
-            raise UserError(
-                "data.mask_documents=true needs a mask that kernels.backend=transformer_engine "
-                "does not take: use kernels.backend=torch"
-            )
         return Backend("torch", "PyTorch kernels: data.mask_documents=true")
     installed = importlib.util.find_spec("transformer_engine") is not None
     gpu = torch.cuda.is_available()
@@ -140,8 +135,7 @@ def block_spec(
     """The transformer layers and last norm of this pipeline stage, with `self_attention` as the
     attention module.
 
-    Checkpoint keys are those of Transformer Engine's fused layers in both cases, so either backend
-    reads what the other wrote.
+    Checkpoint keys are those of Transformer Engine's fused layers in both cases.
     """
     if backend.name == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec()

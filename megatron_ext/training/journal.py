@@ -1,6 +1,6 @@
 """What a run writes about itself: metrics.jsonl, TensorBoard, and one line that a person can scan.
 
-    journal = Journal(config, here, n_parameters, done_steps)
+    journal = Journal(config, here, done_steps)
     journal.step(step, result, seconds, data_wait)
 
 Rank 0 writes; on other ranks nothing happens. A resumed run drops the records after its checkpoint,
@@ -52,7 +52,9 @@ class Journal:
             if config.logging.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(str(self.run_dir / "tensorboard"))
+                self.board = SummaryWriter(
+                    str(self.run_dir / "tensorboard"), purge_step=done_steps + 1
+                )
 
     def step(self, done: int, result: StepResult, seconds: float, data_wait: float) -> None:
         """Record the step after which `done` steps are done, if it is one to be logged."""

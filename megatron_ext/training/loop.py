@@ -1,6 +1,6 @@
 """The loop: steps, log lines, validation, checkpoints, until the budget is spent or a signal comes.
 
-done = train(config, here, model, optimizer, data, done_steps=0)
+done = train(config, here, model, optimizer, data, layout, record, done_steps, signals)
 """
 
 import logging
@@ -60,7 +60,7 @@ def train(
                 f"{skips} steps in a row had a non-finite gradient, the last at step {done}: "
                 "look at data and learning rate, then go on from the last checkpoint"
             )
-        if (done % config.evaluation.interval == 0 or done == steps) and not stop:
+        if done == steps or (done % config.evaluation.interval == 0 and not stop):
             held_out = micro_batches(data[1], config, layout, 0, config.evaluation.batches)
             journal.validation(
                 done, evaluate_loss(held_out, model, config, config.evaluation.batches)
@@ -74,6 +74,7 @@ def train(
                     config.training.run_dir,
                     config.checkpoint.keep_last,
                     config.checkpoint.keep_every,
+                    done,
                 )
     journal.close()
     return done

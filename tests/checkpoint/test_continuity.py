@@ -37,6 +37,16 @@ def test_change_of_model_or_data_is_refused_by_name(change: str, config_file: Pa
         check_continues(record(config_file), record(config_file, change))
 
 
+def test_order_of_the_corpora_is_part_of_the_data(config_file: Path, corpus: Path) -> None:
+    """The blend deals out samples in the corpora's order: weights .3, .7 are not .7, .3 renamed."""
+    a, b = (f"{name}: {{path: {corpus}, weight: {w}}}" for name, w in (("a", 0.3), ("b", 0.7)))
+    drop = "data.corpora.library=null"
+    one = record(config_file, drop, f"data.corpora={{{a}, {b}}}")
+    other = record(config_file, drop, f"data.corpora={{{b}, {a}}}")
+    with pytest.raises(UserError, match=r"data\.order"):
+        check_continues(one, other)
+
+
 @pytest.mark.parametrize(
     "change",
     [

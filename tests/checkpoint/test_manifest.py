@@ -64,9 +64,14 @@ def test_prune_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
         make_checkpoint(tmp_path, step)
     leftover = tmp_path / "checkpoints" / "step_00000080.unfinished"
     leftover.mkdir()
-    manifest.prune(tmp_path, keep_last=2, keep_every=30)
+    manifest.prune(tmp_path, keep_last=2, keep_every=30, done=70)
     kept = [manifest.step_of(folder) for folder in manifest.find_checkpoints(tmp_path)]
     assert kept == [70, 60, 30]
+    # Back behind a damaged step 70, the run saved step 65.
+    make_checkpoint(tmp_path, 65)
+    manifest.prune(tmp_path, keep_last=1, keep_every=None, done=65)
+    kept = [manifest.step_of(folder) for folder in manifest.find_checkpoints(tmp_path)]
+    assert kept == [70, 65]
     assert not leftover.exists()
 
 

@@ -1,16 +1,18 @@
 """Which token files are refused, and what identifies those that are used."""
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_tools.indexed import write_index
 from megatron_ext.config import load_config
 from megatron_ext.data import corpora
 from megatron_ext.errors import UserError
-from tests.conftest import metrics, pretrain
+from tests.conftest import environment, launch, metrics, pretrain
 
 
 def test_missing_file_and_small_vocabulary_are_refused(config_file: Path) -> None:
@@ -67,6 +69,48 @@ def test_masked_documents_train_the_same_in_any_layout(config_file: Path, tmp_pa
     for ours, reference in zip(metrics(many), metrics(one), strict=True):
         if "loss" in reference:
             assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+
+
+def test_fingerprint_holds_the_checksums_of_the_receipt(config_file: Path, corpus: Path) -> None:
+    facts = corpora.fingerprint_of(load_config(config_file))["corpora"]["library"]
+    for name in ("bin", "idx"):
+        whole = xxhash.xxh3_128_hexdigest(Path(f"{corpus}.{name}").read_bytes())
+        assert facts[name] == f"xxh128:{whole}"
+        assert facts[f"{name}_bytes"] == Path(f"{corpus}.{name}").stat().st_size
+
+
+def test_receipt_of_other_files_is_not_believed(
+    config_file: Path, corpus: Path, tmp_path: Path
+) -> None:
+    prefix = copy_of(corpus, tmp_path)
+    receipt = Path(f"{corpus}.receipt.json").read_text()
+    Path(f"{prefix}.receipt.json").write_text(receipt)
+    with open(f"{prefix}.bin", "ab") as stream:
+        stream.write(b"more")  # the receipt speaks of a smaller file
+    config = load_config(config_file, [f"data.corpora.library.path={prefix}"])
+    facts = corpora.fingerprint_of(config)["corpora"]["library"]
+    whole = xxhash.xxh3_128_hexdigest(Path(f"{prefix}.idx").read_bytes())
+    assert facts["idx"] == f"xxh128:{whole}"
+    assert "bin" not in facts
+
+
+def test_two_jobs_may_build_the_same_index_at_once(config_file: Path, tmp_path: Path) -> None:
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    jobs = [
+        subprocess.Popen(
+            launch(config_file, cache, f"training.run_dir={tmp_path / name}", "training.steps=2"),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in ("a", "b")
+    ]
+    for job in jobs:
+        printed, _ = job.communicate(timeout=300)
+        assert job.returncode == 0, printed
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # and nothing private is left
+    assert metrics(tmp_path / "a")[0]["loss"] == metrics(tmp_path / "b")[0]["loss"]
 
 
 def test_epochs_are_read_tokens_over_training_tokens(config_file: Path, corpus: Path) -> None:

@@ -1,5 +1,6 @@
 """A run that was killed or stopped goes on as if nothing had happened."""
 
+import os
 import signal
 import subprocess
 import time
@@ -37,15 +38,15 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
         time.sleep(0.005)
 
 
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and every worker: no one can tidy up."""
+def kill_all(process: subprocess.Popen) -> str:
+    """SIGKILL to the launcher and every worker: no one can tidy up. Returns what they printed."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
         try:
             member.kill()
         except psutil.NoSuchProcess:
             continue
-    process.communicate(timeout=60)
+    return process.communicate(timeout=60)[0]
 
 
 # A long run at a constant rate, so that the kill comes before the end however fast the machine is.
@@ -77,7 +78,7 @@ def test_killed_run_repeats_the_same_losses_bit_for_bit(
     kill_all(first)
     second = start(*common, f"training.run_dir={killed}", processes=processes)
     wait_for_step(second, killed, 35)
-    kill_all(second)
+    assert "resuming after step 10" in kill_all(second)
 
     assert numbers(killed)[:35] == numbers(whole)[:35]
 
@@ -127,9 +128,38 @@ def test_signal_saves_and_the_same_command_goes_on(
 
     again = start(config_file, *LONG)
     wait_for_step(again, run_dir, stopped_at + 2)
-    kill_all(again)
+    assert f"resuming after step {stopped_at}" in kill_all(again)
     steps = [record["step"] for record in metrics(run_dir)]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_signal_to_the_whole_process_group_spares_the_loader(
+    config_file: Path, tmp_path: Path
+) -> None:
+    """Slurm's time limit and `timeout` signal every process, loader workers too."""
+    process = subprocess.Popen(
+        launch(config_file, *LONG, "data.num_workers=1"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_step(process, tmp_path / "run", 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert "stopped by SIGTERM" in printed
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
+
+
+def test_error_on_one_rank_ends_all(config_file: Path) -> None:
+    # Every step is skipped, so rank 0 and 1 both stop with the verdict; nobody waits.
+    started = time.monotonic()
+    settings = ["model.init_std=1e30", "faults.max_consecutive_skips=1"]
+    printed = pretrain(config_file, *settings, processes=2, code=1)
+    assert "2 steps in a row had a non-finite gradient" in printed
+    assert time.monotonic() - started < 120
 
 
 def test_damaged_newest_checkpoint_is_named_and_the_older_one_used(

@@ -53,4 +53,4 @@ def test_second_ctrl_c_ends_at_once() -> None:
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=30)
     assert "KeyboardInterrupt" in printed
-    assert process.returncode != 0
+    assert process.returncode == -signal.SIGINT
