@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,7 @@ def finished(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> dict[str,
             )
         return None
     if _same(known, wanted) and _whole(prefix, known):
-        # A run killed after its last step leaves its work folder behind.
-        shutil.rmtree(prefix.with_name(f"{prefix.name}.work"), ignore_errors=True)
+        _remove_leftover(prefix.with_name(f"{prefix.name}.work"), known["wanted"])
         return {**known, "reused": True}
     if not overwrite:
         raise UserError(
@@ -50,6 +50,14 @@ def finished(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> dict[str,
             "choose another --output, or write --overwrite to replace it"
         )
     return None
+
+
+def _remove_leftover(folder: Path, plan: dict[str, Any]) -> None:
+    """A run killed after its last step leaves its work folder behind; others' work stays."""
+    with contextlib.suppress(OSError), open(folder / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (folder / "plan.json").exists() or read_json(folder / "plan.json") == plan:
+            shutil.rmtree(folder)
 
 
 def _whole(prefix: Path, receipt: dict[str, Any]) -> bool:
@@ -93,10 +101,16 @@ def work_folder(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> Iterat
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f"another data-tools is writing {prefix}: wait for it, or choose another --output"
             ) from error
+        except OSError as error:
+            print(
+                f"data-tools: the file system of {folder} cannot lock files ({error.strerror}): "
+                f"see to it that no second command writes {prefix}",
+                file=sys.stderr,
+            )
         plan = folder / "plan.json"
         known = read_json(plan) if plan.exists() else None
         unrepeatable = any(entry["path"] == "-" for entry in wanted["inputs"])

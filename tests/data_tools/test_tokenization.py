@@ -15,6 +15,7 @@ import pytest
 
 from data_tools.corpus import find_sources
 from data_tools.errors import Failure, UserError
+from data_tools.files import write_json
 from data_tools.merge import merge
 from data_tools.options import Options
 from data_tools.receipt import is_intact, read_receipt
@@ -432,6 +433,44 @@ def test_two_commands_on_one_output_are_refused(
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another data-tools"):
             tokenize([str(source)], model, tmp_path / "out")
+
+
+def test_a_file_system_without_locks_is_named_as_such(
+    texts: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    import errno
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    source = write_jsonl(tmp_path / "x.jsonl", texts[:5])
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    tokenize([str(source)], model, tmp_path / "out")
+    message = capsys.readouterr().err
+    assert "cannot lock files (No locks available)" in message and "another data-" not in message
+    assert verify(tmp_path / "out") == []
+
+
+def test_finished_leaves_the_work_of_others_alone(
+    texts: list[str], model: str, tmp_path: Path
+) -> None:
+    import fcntl
+
+    source = write_jsonl(tmp_path / "x.jsonl", texts[:5])
+    first = tokenize([str(source)], model, tmp_path / "out")
+    work = tmp_path / "out.work"
+    work.mkdir()
+    write_json(work / "plan.json", {"inputs": "others"})
+    assert tokenize([str(source)], model, tmp_path / "out")["reused"]
+    assert (work / "plan.json").exists()
+    write_json(work / "plan.json", first["wanted"])
+    with open(work / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert tokenize([str(source)], model, tmp_path / "out")["reused"]
+        assert (work / "plan.json").exists()
+    assert tokenize([str(source)], model, tmp_path / "out")["reused"]
+    assert not work.exists()
 
 
 def test_standard_input(texts: list[str], model: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
