@@ -1,4 +1,6 @@
-"""Every rule against transformers' own functions, over a grid; `-s` prints the cases.
+"""Every rule against transformers' own functions, over a grid of bases, heads, factors and lengths.
+
+    pytest tests/rope/test_conformance.py -s -q   # prints the grid, each rule's worst error
 
 transformers works in float32, and where its ramps end it loses up to 2e-6 of a frequency to its own
 rounding. So its functions are run twice: as shipped, and with every `torch.float` they name read as
@@ -31,7 +33,6 @@ BASES = (1e4, 5e5, 12345.6, 1e8)
 HEAD_DIMS = (64, 80, 96, 128, 256)
 FACTORS = (1.0, 2.0, 2.5, 8.0, 32.0)
 LENGTHS = (2048, 4096, 8192)
-CASE = "(base, head dim, factor, original length, current length)"
 
 
 def rule_of(name: str, factor: float, length: int, head_dim: int):
@@ -100,12 +101,30 @@ def hf_frequencies(config, current_length: int) -> tuple[np.ndarray, float]:
     return inv_freq.double().numpy(), factor
 
 
+@pytest.fixture(scope="module")
+def report():
+    """Takes a row for each rule; at the end prints them below what the cases are made of."""
+    transformers.logging.set_verbosity_error()  # it warns of original lengths that are never passed
+    rows: list[list[str]] = []
+    yield rows
+    transformers.logging.set_verbosity_warning()
+    print(f"\n\nbase: {', '.join(f'{base:g}' for base in BASES)}")
+    print(f"head dim: {', '.join(map(str, HEAD_DIMS))}")
+    print(f"factor: {', '.join(f'{factor:g}' for factor in FACTORS)}")
+    print(f"original length: {', '.join(map(str, LENGTHS))}")
+    print("current length: the original length, one more, four times as long\n")
+    print("| rule | cases | worst error, float64 | its case | worst error, as shipped | its case |")
+    print("| --- | ---: | ---: | --- | ---: | --- |")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
 @pytest.mark.parametrize("name", RULES)
-def test_frequencies_are_those_of_transformers(name):
+def test_frequencies_are_those_of_transformers(name, report):
     from transformers import modeling_rope_utils
     from transformers.models.llama import modeling_llama
 
-    worst = {"float32": (-1.0, ()), "float64": (-1.0, ())}
+    worst = {"float64": (-1.0, ()), "float32": (-1.0, ())}
     cases = 0
     for base, head_dim, factor, length in itertools.product(BASES, HEAD_DIMS, FACTORS, LENGTHS):
         rule = rule_of(name, factor, length, head_dim)
@@ -120,11 +139,10 @@ def test_frequencies_are_those_of_transformers(name):
                 worst[kind] = max(worst[kind], (error, (base, head_dim, factor, length, current)))
             assert ours.attention_factor == pytest.approx(attention_factor, rel=1e-12)
             cases += 1
-    print(
-        f"\n{name}: {cases} cases; worst relative error {worst['float64'][0]:.1e} in float64, at "
-        f"{CASE} = {worst['float64'][1]}; {worst['float32'][0]:.1e} as shipped, at "
-        f"{worst['float32'][1]}"
-    )
+    columns = [name, str(cases)]
+    for error, case in worst.values():
+        columns += [f"{error:.1e}", ", ".join(f"{number:g}" for number in case)]
+    report.append(columns)
     assert worst["float64"][0] < 1e-12
     assert worst["float32"][0] < (3e-6 if name in ("yarn, ends not rounded", "llama3") else 1e-6)
 

@@ -1,10 +1,12 @@
 """Feasible bases against 40-digit arithmetic and against dense scans of the plain criterion."""
 
+import re
+
 import numpy as np
 import pytest
 from mpmath import mp, mpf
 
-from megatron_ext.rope.bound import base_frequencies, judge
+from megatron_ext.rope.bound import b_values, base_frequencies, judge
 from megatron_ext.rope.feasible import (
     _guard,
     _Head,
@@ -14,6 +16,8 @@ from megatron_ext.rope.feasible import (
     smallest_feasible,
     smallest_feasible_base,
 )
+from megatron_ext.rope.published import TABLE_2
+from tests.conftest import ROOT
 
 SHAPES = [(1024, 128), (4096, 128), (16384, 128), (1024, 64), (4096, 80), (2048, 96), (4096, 256)]
 LONG = pytest.param(1 << 20, 128, marks=pytest.mark.slow)  # a minute each
@@ -114,6 +118,41 @@ def test_one_distance_more_or_less_does_not_move_the_table():
         assert smallest_feasible_base(length + 1, 128) == pytest.approx(
             smallest_feasible_base(length, 128), rel=1e-12
         )
+
+
+def rows_of_the_page():
+    """(head dim, context, listing, smallest feasible base, always feasible above, active m)."""
+    head_dim = 0
+    number = r"([\d.e+]+)"
+    pattern = rf"\| (\d+)k \|.*\| {number} \| {number} \| {number} \| (\d+) \|"
+    for line in (ROOT / "docs" / "bound.md").read_text().splitlines():
+        if heading := re.fullmatch(r"### Head dim (\d+)", line):
+            head_dim = int(heading[1])
+        if row := re.fullmatch(pattern, line):
+            yield head_dim, 1024 * int(row[1]), *map(float, row.groups()[1:4]), int(row[5])
+
+
+def test_every_entry_of_the_page_holds_for_distances_up_to_l_and_up_to_l_less_one():
+    rows = list(rows_of_the_page())
+    assert len(rows) == 55
+    for head_dim, length, listed, least, always, active in rows:
+        inv_freq = base_frequencies(least, head_dim)
+        assert judge(inv_freq, length).feasible
+        assert b_values(inv_freq, active) == pytest.approx(0, abs=1e-4)
+        # Distance L excludes neither the least base nor any base from `always` up, where the page
+        # rounds bases up by less than 1e-9: so allowing it changes neither.
+        assert b_values(inv_freq, length) > 1e-3
+        assert b_values(base_frequencies(always, head_dim), length) > 1e-3
+        head, top = _Head.of(length + 1, head_dim, 1.0), np.log(always)
+        while not head.surely_feasible(top):
+            top += 0.05
+        assert _guard(head, top, np.log(always), length, -1) is None
+        theta = np.float32(listed) ** (-np.arange(0, head_dim, 2, np.float32) / head_dim)
+        assert np.cos(np.float32(length) * theta.astype(np.float32)).sum() > 0  # as the listing
+    for length, base in TABLE_2.items():
+        below, up_to = (judge(base_frequencies(base, 128), length + more) for more in (0, 1))
+        assert below.first_failing_distance == up_to.first_failing_distance
+        assert below.min_b == pytest.approx(up_to.min_b, abs=1e-9)
 
 
 def test_a_guard_bounds_its_cells_from_below():
