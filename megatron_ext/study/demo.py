@@ -147,7 +147,6 @@ def run(*command: object, processes: int = 1) -> None:
     threads = max(1, min(2, (os.cpu_count() or 1) // processes))
     child = subprocess.Popen(
         words,
-        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
         # Its own group: Ctrl-C reaches only us, and we pass it on as one SIGTERM, on which training
         # saves a checkpoint and ends.

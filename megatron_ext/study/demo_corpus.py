@@ -69,7 +69,7 @@ def standard_library() -> list[Document]:
     """The interpreter's own modules and its reference texts; no installed package."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [p for p in sorted(root.rglob("*.py")) if _is_text(p.relative_to(root).parts)]
-    tests = {p for p in files if {"test", "tests", "idle_test"} & set(p.parts)}
+    tests = {p for p in files if {"test", "tests", "idle_test"} & set(p.relative_to(root).parts)}
     documents = reference() + [_code(p, root) for p in files if p not in tests]
     size = sum(len(document["text"]) for document in documents)
     for path in sorted(tests):
