@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from data_tools.cli import main
-from data_tools.errors import Failure
+from data_tools.errors import Failure, UserError
 from data_tools.options import Options
 from data_tools.tokenization import tokenize
 from data_tools.tokenizer import Tokenizer
@@ -273,8 +273,11 @@ def test_an_over_long_line_is_named_and_the_rest_kept(
 
 def test_hopeless_input_stops_early(model: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"body": "x"}\n' * 60_000)
-    command = ["tokenize", str(tmp_path / "x.jsonl"), "--tokenizer", model, "--quiet"]
-    assert main([*command, "--output", str(tmp_path / "out"), "--workers", "1"]) == 2
+    options = Options(part_bytes=16384)
+    with pytest.raises(UserError, match=r"lines were rejected \([\d,]+ no text key\)") as caught:
+        tokenize([str(tmp_path / "x.jsonl")], model, tmp_path / "out", options)
+    lines = int(str(caught.value).split(" of ")[1].split()[0].replace(",", ""))
+    assert 10_000 <= lines < 20_000
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(

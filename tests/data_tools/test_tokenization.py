@@ -245,6 +245,48 @@ def test_receipt_says_what_went_in_and_out(
         )
 
 
+def test_redpajama_v2_is_read_as_it_is_laid_out(
+    texts: list[str], model: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for snapshot, language, bucket, part in (
+        ("2023-06", "en", "head", texts[:3]),
+        ("2023-06", "de", "middle", texts[3:5]),
+        ("2022-49", "en", "head", texts[5:6]),
+    ):
+        folder = tmp_path / "documents" / snapshot / "0000"
+        folder.mkdir(parents=True, exist_ok=True)
+        fields = {"url": "https://example.org", "digest": "sha1:x", "bucket": bucket}
+        lines = (json.dumps({**fields, "raw_content": text}) + "\n" for text in part)
+        write_compressed(folder / f"{language}_{bucket}.json.gz", "".join(lines).encode())
+    receipt = tokenize([str(tmp_path)], model, tmp_path / "out", max_rejected="0")
+    order = [*texts[5:6], *texts[3:5], *texts[:3]]  # by path
+    assert documents(tmp_path / "out") == expected(tokenizer, order)
+    slices = {name: counts["documents"] for name, counts in receipt["counts"]["slices"].items()}
+    assert slices == {"v2_de_middle": 2, "v2_en_head": 4}
+
+
+@pytest.mark.parametrize(
+    ("meta", "name"),
+    [
+        ({"source": "arxiv"}, "arxiv"),
+        ({"source": "cc/2023-06/en_head_0000.json.gz/line401859"}, "common_crawl"),
+        ({"redpajama_set_name": "RedPajamaStackExchange"}, "stackexchange"),
+        ({"redpajama_set_name": "RedPajamaCommonCrawl"}, "common_crawl"),
+        ({"redpajama_set_name": "RedPajamaBook", "source": "c4"}, "book"),
+        ({"source": "somewhere else"}, "github"),
+        ({}, "github"),
+        ("no object", "github"),
+    ],
+)
+def test_the_slice_is_the_documents_own_or_else_the_paths(
+    model: str, tmp_path: Path, meta: object, name: str
+) -> None:
+    source = write_jsonl(tmp_path / "github.jsonl", ["one", "two"], meta=meta)
+    receipt = tokenize([str(source)], model, tmp_path / "out")
+    assert list(receipt["counts"]["slices"]) == [name]
+    assert receipt["counts"]["slices"][name]["documents"] == 2
+
+
 def test_a_finished_command_is_left_alone(
     texts: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
