@@ -1,7 +1,8 @@
 """`data-tools`: from raw documents to Megatron's token files. See `data-tools COMMAND --help`.
 
 Exit codes: 0 done, 2 the request was wrong (one sentence says what to write), 1 something failed,
-130 interrupted. What the commands do is in commands.py; here is only what they are called.
+130 interrupted, 143 ended by SIGTERM. What the commands do is in commands.py; here is only what
+they are called.
 """
 
 from __future__ import annotations

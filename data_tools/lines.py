@@ -2,7 +2,7 @@
 
     for line in read_lines(source): line.number, line.offset, line.data      # data without "\\n"
 
-Memory is bounded by `max_line_bytes`: a longer line comes with `data` None and its length.
+Memory is bounded by `max_line_bytes`: a longer line comes with `data` b"" and its true size.
 """
 
 from __future__ import annotations

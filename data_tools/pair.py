@@ -2,7 +2,8 @@
 
     writer = PairWriter(folder, dtype, shard_tokens=0)
     writer.append(blocks_of_bytes, lengths)          # again and again, in document order
-    outputs = writer.publish("out/corpus")           # rename into place; what the receipt lists
+    pairs = writer.complete("out/corpus")            # writes the indexes; what the receipt lists
+    publish(folder, "out/corpus", pairs)             # rename into place
 
 `state()` can be saved and given to `PairWriter(..., state=...)`: whatever was written after it is
 cut off, so a killed writer goes on exactly there.

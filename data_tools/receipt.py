@@ -1,11 +1,11 @@
 """What went in and what came out: PREFIX.receipt.json beside every .bin/.idx pair.
 
     receipt = read_receipt("corpus")          # or None
-    receipt["counts"]["tokens"], receipt["tokenizer"]["hash"], receipt["outputs"]["bin"]["checksum"]
+    receipt["counts"]["tokens"], receipt["tokenizer"]["hash"], receipt["outputs"]["pairs"][0]["bin"]
 
 Keys that other programs read and that stay: inputs, tokenizer.{path,hash,vocab_size,eod_id,bos_id},
 options, counts.{documents,tokens,characters,bytes,rejected,slices}, lengths, outputs, versions,
-command.
+command. In `counts`, null says that it was not counted (a shard alone, a pair without a receipt).
 The receipt is written last: where it is absent, the pair is not finished.
 """
 

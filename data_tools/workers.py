@@ -1,6 +1,7 @@
 """Worker processes that encode parts: they share nothing, end with their parent, and never hang it.
 
-    with Workers(count, setup, options) as workers: future = workers.submit(part)
+    with Workers(count, setup, options, tokenizer, encoder) as workers:
+        future = workers.submit(part)
 
 A worker that dies (killed for memory, say) ends the run with a `Failure`; what was finished stays.
 """

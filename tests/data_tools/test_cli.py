@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,14 @@ def test_interrupted_by_a_signal_it_says_how_to_go_on(model: str, tmp_path: Path
     assert message == "interrupted: the same command goes on where it was\n"
     assert not (tmp_path / "out.bin").exists()
     assert main([*command[3:]]) == 0
+
+
+def test_ended_by_sigterm_is_exit_code_143(model: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data_tools", "tokenize", "-", "--tokenizer", model]
+    command += ["--output", str(tmp_path / "out"), "--workers", "1", "--quiet"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE) as process:
+        while not (tmp_path / "out.work" / "parts").exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(30) == 143
+    assert not (tmp_path / "out.bin").exists()
