@@ -138,8 +138,8 @@ machine, {versions}.
 
 A RoPE base is *feasible* for a context of L tokens when B_m = sum_i cos(m base^(-2i/d)) is not
 negative at any distance m = 0 .. L-1 ("Base of RoPE Bounds Context Length", arXiv 2405.14591; its
-Eq. 10 and 11 say 0 .. L, its listing 0 .. L-1; no value below depends on which, as `tests/rope/test_feasible.py` checks for
-every row of this page). `k` is 1024.
+Eq. 10 and 11 say 0 .. L, its listing 0 .. L-1; no value below depends on which, as
+`tests/rope/test_feasible.py` checks for every row of this page). `k` is 1024.
 
 - **Table 2**: the lower bound as published, for head dim 128.
 - **its listing**: the paper's listing run again: the least base of two significant digits, from
