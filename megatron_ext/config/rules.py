@@ -227,11 +227,11 @@ def rope_frequencies_of(config: Config) -> RopeFrequencies:
         raise ConfigError(f"rope.scaling: {error}") from None
 
 
-def smallest_base(config: Config) -> float | None:
-    """The smallest base that supports the sequence length, where finding it takes no second: plain
-    RoPE up to 4096 tokens; else None."""
+def smallest_base(config: Config, longest: int = _SEARCHED_LENGTH) -> float | None:
+    """The smallest base that supports the sequence length, for plain RoPE up to `longest` tokens;
+    else None. The default takes no second, 131,072 tokens take some."""
     length = config.training.sequence_length
-    if length > _SEARCHED_LENGTH or not isinstance(config.rope.scaling, NoScaling):
+    if length > longest or not isinstance(config.rope.scaling, NoScaling):
         return None
     return smallest_feasible_base(length, config.model.head_dim, config.rope.rotary_fraction)
 

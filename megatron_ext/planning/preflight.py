@@ -186,7 +186,7 @@ def _bound_report(config: Config) -> BoundReport:
         min_b=verdict.min_b,
         failing_share=verdict.failing_share,
         usable_context=usable_context(inv_freq, _HORIZON),
-        smallest_feasible_base=smallest_base(config),
+        smallest_feasible_base=smallest_base(config, longest=1 << 17),
     )
 
 
