@@ -6,7 +6,8 @@
 
 Run it again to go on from the newest checkpoint that verifies. SIGTERM, SIGUSR1 and Ctrl-C save a
 checkpoint and end with exit code 0. Exit code 2 means a mistake in the command or the config,
-1 a failure. See docs/config.md for every setting.
+1 a failure; status.json in the run folder says which and whether to run the same command again.
+See docs/config.md for every setting.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from megatron_ext.checkpoint.manifest import MANIFEST, find_checkpoints
 from megatron_ext.config import Config, load_config, validate
 from megatron_ext.data.corpora import cache_parent, check_corpora, epochs, fingerprint_of
 from megatron_ext.errors import UserError
-from megatron_ext.training.watch import StopSignals
+from megatron_ext.launch import launched_as
+from megatron_ext.training.supervision import Supervision
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,10 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         if options.check:
             return check(config, options)
-        with StopSignals() as signals:
-            return pretrain(config, signals)
+        with Supervision(config) as watch:
+            return pretrain(config, watch)
     except UserError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):
+        if launched_as()[0]:
             # Rank 0 speaks, and its end makes the launcher end us; unless we alone are in trouble.
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr)
@@ -64,10 +66,11 @@ def check(config: Config, options: argparse.Namespace) -> int:
     return 0 if ok else 2
 
 
-def pretrain(config: Config, signals: StopSignals) -> int:
+def pretrain(config: Config, watch: Supervision) -> int:
     """Config -> world -> data, model, optimizer -> restore -> train."""
     check_corpora(config)
     check_machine(config)
+    watch.start()
 
     # Torch and Megatron-Core take seconds to import: only after everything cheap was checked.
     # Which kernels are used stands in our own log; Megatron-Core would warn six times.
@@ -82,7 +85,7 @@ def pretrain(config: Config, signals: StopSignals) -> int:
     from megatron_ext.training.optimizer import build_optimizer
     from megatron_ext.world import world
 
-    with world(config) as here:
+    with world(config, watch.report) as here:
         log = start_logging(here.is_main)
         for warning in validate(config, here.size):
             log.warning(warning)
@@ -105,15 +108,9 @@ def pretrain(config: Config, signals: StopSignals) -> int:
         layout = blend.Layout(
             parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         )
-        signals.hold()
-        done = train(config, here, model, optimizer, data, layout, record, done_steps, signals)
-        if done < config.training.steps:
-            log.info(
-                "stopped by %s after step %d, checkpoint saved: run the same command to go on",
-                signals.received or "another rank's signal", done,
-            )  # fmt: skip
-        else:
-            log.info("finished: %d steps in %s", done, config.training.run_dir)
+        watch.hold(done_steps)
+        done = train(config, here, model, optimizer, data, layout, record, done_steps, watch)
+        log.info(watch.ended(done))
     return 0
 
 

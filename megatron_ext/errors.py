@@ -1,5 +1,5 @@
 """The user's mistakes: one sentence saying what was given, the rule it breaks, what to write
-instead. Entry points print it and exit with 2; anything else is a failure of ours and exits 1.
+instead. Entry points print it and exit with 2; anything else is a failure and exits 1.
 """
 
 
@@ -9,3 +9,8 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A mistake in a config file or in an override."""
+
+
+class Verdict(Exception):
+    """A run judged that going on is hopeless, and why, in one sentence: exit code 1, no traceback,
+    and no launcher should start it again as it is."""

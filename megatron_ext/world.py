@@ -13,7 +13,7 @@ import random
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.launch import launched_as
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,16 @@ class World:
         return self.rank == 0
 
 
-def launched_as() -> tuple[int, int, int]:
-    """Rank, world size and rank on this node, as the launcher's environment says.
-
-    torchrun sets RANK. srun sets SLURM_STEP_NUM_TASKS, which a batch script's own shell lacks, so
-    plain `python` inside a job does not wait for processes that nobody started.
-    """
-    if "RANK" in os.environ:
-        return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # type: ignore[return-value]
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        return tuple(int(os.environ[name]) for name in names)  # type: ignore[return-value]
-    return 0, 1, 0
+def _print(error: Exception) -> None:
+    traceback.print_exception(error)
 
 
 @contextmanager
-def world(config: Config) -> Iterator[World]:
+def world(config: Config, report: Callable[[Exception], None] = _print) -> Iterator[World]:
     """Join the other processes, build Megatron-Core's groups, seed; leave cleanly at the end.
 
-    Raises UserError when the number of processes does not fit the layout.
+    Raises UserError when the number of processes does not fit the layout. Among several processes
+    any other exception ends this one with exit code 1, after `report` has told of it.
     """
     rank, size, local_rank = launched_as()
     model_ranks = config.parallel.tensor * config.parallel.pipeline
@@ -79,14 +71,14 @@ def world(config: Config) -> Iterator[World]:
     else:
         device = torch.device("cpu")
     _set_rendezvous()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=config.faults.hang_timeout_s),
-        device_id=device if device.type == "cuda" else None,
-    )
     try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=config.faults.hang_timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
         parallel_state.initialize_model_parallel(
             config.parallel.tensor,
             config.parallel.pipeline,
@@ -99,13 +91,15 @@ def world(config: Config) -> Iterator[World]:
         if size > 1 and not isinstance(error, UserError):
             # The others may wait for us in a collective, and so would a tidy end here: say what
             # happened and go, which makes the launcher end them.
-            traceback.print_exc()
+            report(error)
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
         raise
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _set_rendezvous() -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from megatron_ext.config import load_config
+from megatron_ext.training.status import read_status
 from tests.conftest import metrics, pretrain
 
 METRICS = {
@@ -19,7 +20,7 @@ def test_run_folder_explains_itself(config_file: Path, tmp_path: Path) -> None:
     assert "finished: 20 steps" in printed
     assert {p.name for p in run_dir.iterdir()} == {
         "config.yaml", "environment.json", "data.json", "metrics.jsonl", "tensorboard",
-        "checkpoints",
+        "checkpoints", "status.json",
     }  # fmt: skip
     assert load_config(run_dir / "config.yaml") == load_config(config_file, settings)
     steps = [r for r in metrics(run_dir) if "loss" in r]
@@ -31,6 +32,9 @@ def test_run_folder_explains_itself(config_file: Path, tmp_path: Path) -> None:
     kept = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
     assert kept == ["step_00000010", "step_00000020"]
     assert any(run_dir.joinpath("tensorboard").iterdir())
+    status = read_status(run_dir)
+    assert (status["state"], status["requeue"], status["error"]) == ("finished", False, None)
+    assert (status["step"], status["first_step"], status["steps"]) == (20, 0, 20)
 
 
 def test_finished_run_started_again_does_nothing(config_file: Path, tmp_path: Path) -> None:
@@ -54,6 +58,9 @@ def test_non_finite_steps_are_skipped_then_the_run_stops(config_file: Path, tmp_
     assert "4 steps in a row had a non-finite gradient" in printed
     records = metrics(tmp_path / "run")
     assert [r["skipped"] for r in records] == [True] * 4
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["requeue"]) == ("failed", False)
+    assert "4 steps in a row" in status["reason"] and "Traceback" not in printed
     assert records[0]["grad_norm"] is None  # JSON knows no NaN
 
 

@@ -1,6 +1,6 @@
 """The loop: steps, log lines, validation, checkpoints, until the budget is spent or a signal comes.
 
-done = train(config, here, model, optimizer, data, layout, record, done_steps, signals)
+done = train(config, here, model, optimizer, data, layout, record, done_steps, watch)
 """
 
 import logging
@@ -15,16 +15,13 @@ from torch.utils.data import Dataset
 from megatron_ext.checkpoint import manifest, sharded
 from megatron_ext.config import Config
 from megatron_ext.data.blend import Layout, micro_batches
+from megatron_ext.errors import Verdict
 from megatron_ext.training.journal import Journal
 from megatron_ext.training.step import Batch, evaluate_loss, train_step
-from megatron_ext.training.watch import StopSignals
+from megatron_ext.training.supervision import Supervision
 from megatron_ext.world import World
 
 log = logging.getLogger(__name__)
-
-
-class TooManySkips(RuntimeError):
-    """More steps in a row had a non-finite gradient than faults.max_consecutive_skips allows."""
 
 
 def train(
@@ -36,11 +33,11 @@ def train(
     layout: Layout,
     record: dict[str, Any],
     done_steps: int,
-    signals: StopSignals,
+    watch: Supervision,
 ) -> int:
     """Train from `done_steps` on; returns the steps done, all of them or those before a signal.
 
-    `record` goes into every checkpoint. Raises TooManySkips.
+    `record` goes into every checkpoint. Raises Verdict.
     """
     steps = config.training.steps
     batches = TimedIterator(micro_batches(data[0], config, layout, done_steps, steps))
@@ -49,14 +46,14 @@ def train(
     while done < steps and not stop:
         started, batches.waited = time.monotonic(), 0.0
         result = train_step(
-            done, batches, model, optimizer, config, stop_requested=signals.received is not None
+            done, batches, model, optimizer, config, stop_requested=watch.stop_requested
         )
         done, stop = done + 1, result.stop
         journal.step(done, result, time.monotonic() - started, batches.waited)
 
         skips = skips + 1 if result.skipped else 0
         if skips > config.faults.max_consecutive_skips:
-            raise TooManySkips(
+            raise Verdict(
                 f"{skips} steps in a row had a non-finite gradient, the last at step {done}: "
                 "look at data and learning rate, then go on from the last checkpoint"
             )

@@ -10,6 +10,7 @@ A second SIGINT (Ctrl-C) ends the process at once.
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -19,7 +20,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopSignals:
     """Answers SIGTERM, SIGINT and SIGUSR1 while it is open; remembers the first once it holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, before_hold: Callable[[str], None] | None = None) -> None:
+        """before_hold: what to do, given the signal's name, while there is nothing to save; it does
+        not return. Unset: say so and end with exit code 0."""
+        self._before_hold = before_hold or _end
         self.received: str | None = None
         self._holding = False
         self._before: dict[signal.Signals, Any] = {}
@@ -39,9 +43,12 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if not self._holding:
-            # Not by an exception: leaving the process groups could wait for ranks that hang.
-            print(f"stopped by {signal.Signals(number).name} before the first step", flush=True)
-            os._exit(0)
+            self._before_hold(signal.Signals(number).name)
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(number).name
+
+
+def _end(name: str) -> None:
+    print(f"stopped by {name} before the first step", flush=True)
+    os._exit(0)

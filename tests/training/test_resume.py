@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_ext.training.status import read_status
 from tests.conftest import environment, launch, metrics, pretrain
 
 NUMBERS = ("step", "loss", "grad_norm", "lr", "validation_loss")
@@ -125,6 +126,9 @@ def test_signal_saves_and_the_same_command_goes_on(
     assert f"stopped by {number.name}" in printed
     stopped_at = metrics(run_dir)[-1]["step"]
     assert (run_dir / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").is_file()
+    status = read_status(run_dir)
+    assert (status["state"], status["requeue"], status["step"]) == ("stopped", True, stopped_at)
+    assert status["reason"].startswith(f"stopped by {number.name} after step")
 
     again = start(config_file, *LONG)
     wait_for_step(again, run_dir, stopped_at + 2)
@@ -187,10 +191,21 @@ def test_checkpoint_of_the_other_optimizer_is_refused(config_file: Path) -> None
 
 def test_refused_resume_leaves_the_run_folder_as_it_was(config_file: Path, tmp_path: Path) -> None:
     pretrain(config_file, "training.steps=2")
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    printed = pretrain(config_file, "training.steps=2", "training.seed=7", code=2)
-    assert "has data.seed=1234, this run 7" in printed and "Traceback" not in printed
-    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    before = content(tmp_path / "run")
+    # torchrun makes 1 of every exit code: status.json tells a launcher what it was.
+    refused = ["training.steps=2", "training.seed=7"]
+    printed = pretrain(config_file, *refused, processes=2, code=1)
+    assert printed.count("has data.seed=1234, this run 7") == 1
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["requeue"]) == ("failed", False)
+    assert "has data.seed=1234, this run 7" in status["reason"]
+    assert before == content(tmp_path / "run")
+
+
+def content(run_dir: Path) -> dict[Path, bytes]:
+    """What the run's files hold, but for what tells of this very start."""
+    told = {"status.json", "error.txt"}
+    return {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name not in told}
 
 
 def test_weights_start_from_another_run(config_file: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.world import launched_as
+from megatron_ext.launch import launched_as
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
