@@ -97,7 +97,7 @@ def pretrain(config: Config, watch: Supervision) -> int:
         optimizer = build_optimizer(model, config)
 
         record = {"config": config.model_dump(mode="json"), "data": fingerprint_of(config)}
-        done_steps = sharded.restore(config.training.run_dir, model, optimizer, record)
+        done_steps = sharded.restore(config, model, optimizer, record)
         if done_steps:
             log.info("resuming after step %d", done_steps)
         elif config.training.init_from is not None:

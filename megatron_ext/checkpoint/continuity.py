@@ -1,9 +1,11 @@
-"""What a resumed run must share with its checkpoint: the model, its RoPE, the number format, the
-kind of optimizer state, and the data in its order. Needs no torch.
+"""What a resumed run must share with its checkpoint: the model, its RoPE, the number format, and
+the data in its order. Needs no torch.
 
-    check_continues(checkpoint_record, this_run)      # raises UserError naming the first difference
+    check_continues(checkpoint_record, this_run)    # raises UserError naming every difference
 
-Layout, learning rate, intervals and the like may change.
+Layout, learning rate, intervals and the like may change. The sample order is made from the files,
+their weights and order, the seed, the batch size and the number of steps: a change of any of them
+would give samples twice or never, and is refused unless it is allowed.
 """
 
 from collections.abc import Iterator
@@ -11,20 +13,35 @@ from typing import Any
 
 from megatron_ext.errors import UserError
 
-_FIXED = ("model.", "rope.", "precision.dtype", "parallel.distributed_optimizer", "data.")
+_FIXED = ("model.", "rope.", "precision.dtype", "data.")
 _FREE = ("rope.bound",)  # how loudly the bound is told
 _PLACES = ("path",)  # token files may have moved
+_ABSENT = "nothing"
 
 
-def check_continues(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare two records {"config": ..., "data": ...} of a run, setting by setting."""
+def check_continues(
+    saved: dict[str, Any], now: dict[str, Any], allow_data: bool = False
+) -> list[str]:
+    """Compare two records {"config": ..., "data": ...} of a run, setting by setting.
+
+    Returns the differences in the data when they are allowed; raises UserError for all others.
+    """
     before, after = dict(_fixed(saved)), dict(_fixed(now))
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            raise UserError(
-                f"the checkpoint to go on from has {name}={before.get(name)}, this run "
-                f"{after.get(name)}: set it back, or begin anew with another training.run_dir"
-            )
+    differences = {
+        name: f"{name}: {before.get(name, _ABSENT)} -> {after.get(name, _ABSENT)}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name, _ABSENT) != after.get(name, _ABSENT)
+    }
+    of_data = [text for name, text in differences.items() if name.startswith("data.")]
+    if not differences or (allow_data and len(of_data) == len(differences)):
+        return of_data
+    way_out = "set it back, or begin anew with another training.run_dir"
+    if len(of_data) == len(differences):
+        way_out += ", or accept another order of samples with checkpoint.on_data_change=allow"
+    lines = "".join(f"\n  {text}" for text in differences.values())
+    raise UserError(
+        f"this run does not continue its checkpoint (checkpoint -> this run):{lines}\n{way_out}"
+    )
 
 
 def _fixed(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:

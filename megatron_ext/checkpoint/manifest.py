@@ -3,8 +3,10 @@ size and checksum. Needs no torch.
 
     for checkpoint in find_checkpoints(run_dir): ...       # newest first, those with a manifest
     problems = verify(checkpoint)                          # [] when every file is as it was written
+    prune(run_dir, keep_last=2, keep_every=1000, done=4000)
 
-A folder without a manifest is a save that did not finish, and is no checkpoint.
+A folder without a manifest is a save that did not finish, and is no checkpoint. Checksums find
+damage, not forgery: whoever writes a file can write a manifest for it.
 """
 
 import json
@@ -18,6 +20,7 @@ from typing import Any
 import xxhash
 
 MANIFEST = "manifest.json"
+FORMAT = 2
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -34,11 +37,15 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
+def find_folders(run_dir: Path) -> list[Path]:
+    """Folders of a run that are named like a checkpoint, newest first."""
+    found = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name)]
+    return sorted(found, reverse=True)
+
+
 def find_checkpoints(run_dir: Path) -> list[Path]:
-    """Finished checkpoints of a run, newest first."""
-    folder = run_dir / "checkpoints"
-    found = [p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)]
-    return sorted((p for p in found if (p / MANIFEST).is_file()), reverse=True)
+    """Finished checkpoints of a run, newest first: folders with a manifest."""
+    return [folder for folder in find_folders(run_dir) if (folder / MANIFEST).is_file()]
 
 
 def file_facts(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -51,56 +58,81 @@ def file_facts(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     """Seal a folder: from here on it is a checkpoint."""
-    write_json(folder / MANIFEST, {"format": 1, "files": files})
+    # Of itself it has a checksum too: a flipped bit in a file's name would hide that file.
+    write_json(folder / MANIFEST, {"format": FORMAT, "checksum": hash_of(files), "files": files})
 
 
-def verify(checkpoint: Path) -> list[str]:
-    """Every difference between the folder and its manifest, one sentence each."""
+def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """Every difference between the folder and its manifest, a sentence for each file; of several
+    processes each can look at its part of the files."""
+    manifest = checkpoint / MANIFEST
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{checkpoint / MANIFEST} cannot be read: {error}"]
+        content = json.loads(manifest.read_bytes())
+        if content["format"] != FORMAT:
+            return [f"{manifest} has format {content['format']}, this version reads {FORMAT}"]
+        if content["checksum"] != hash_of(content["files"]):
+            return [f"{manifest} has been changed: its own checksum does not fit"]
+        files = {name: (of["bytes"], of["xxh3_128"]) for name, of in content["files"].items()}
+    except FileNotFoundError:
+        return [f"{manifest} is missing"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{manifest} cannot be read: {error!r}"]
     problems = []
-    for name, facts in files.items():
-        file = checkpoint / name
-        if not file.is_file():
+    for name in sorted(files)[part::parts]:
+        file, (size, checksum) = checkpoint / name, files[name]
+        if Path(name).name != name:
+            problems.append(f"{manifest} names {name!r}, which is no file beside it")
+        elif not file.is_file():
             problems.append(f"{file} is missing")
-        elif file.stat().st_size != facts["bytes"]:
-            size = file.stat().st_size
-            problems.append(f"{file} has {size} bytes instead of {facts['bytes']}")
-        elif _checksum(file) != facts["xxh3_128"]:
+        elif file.stat().st_size != size:
+            problems.append(f"{file} has {file.stat().st_size} bytes instead of {size}")
+        elif _checksum(file) != checksum:
             problems.append(f"{file} has the right size but not the content that was written")
     return problems
 
 
-def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with newer ones."""
-    problems: list[str] = []
-    for checkpoint in find_checkpoints(run_dir):
-        found = verify(checkpoint)
-        if not found:
-            return checkpoint, problems
-        problems += found
-    return None, problems
-
-
-def prune(run_dir: Path, keep_last: int, keep_every: int | None, done: int) -> list[Path]:
-    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`
-    steps; leftovers of unfinished saves go too. Those after step `done` are not looked at: a run
-    that went back behind a damaged one must not keep that and delete its own. Returns what was
-    deleted."""
+def superfluous(run_dir: Path, keep_last: int, keep_every: int | None, done: int) -> list[Path]:
+    """All but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps,
+    newest first. Those after step `done` are not looked at: a run that went back behind a damaged
+    one must not keep that and delete its own."""
     checkpoints = [folder for folder in find_checkpoints(run_dir) if step_of(folder) <= done]
-    doomed = [
+    return [
         checkpoint
         for checkpoint in checkpoints[keep_last:]
         if not (keep_every and step_of(checkpoint) % keep_every == 0)
     ]
-    doomed += (run_dir / "checkpoints").glob("*.unfinished")
-    for folder in doomed:
-        # Without its manifest it is no checkpoint, so a kill in between leaves no half one.
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(run_dir: Path, keep_last: int, keep_every: int | None, done: int) -> list[Path]:
+    """Delete superfluous checkpoints and return them. Expects that the one of step `done` is known
+    to be whole, as a run's own newest one is: some checkpoint that verifies then always stays."""
+    doomed = superfluous(run_dir, keep_last, keep_every, done)
+    delete(doomed)
     return doomed
+
+
+def delete(checkpoints: Iterable[Path]) -> None:
+    """Delete them; one that is half deleted is not named like a checkpoint, and the next save
+    deletes the rest."""
+    for folder in checkpoints:
+        doomed = folder.with_name(f"{folder.name}.old.unfinished")
+        folder.replace(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def hash_of(content: Any) -> str:
+    """xxh3-128 of what JSON can hold, whatever the order of its keys."""
+    text = json.dumps(content, sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -278,6 +278,15 @@ class Checkpoint(Section):
     """Newest checkpoints that stay."""
     keep_every: int | None = setting(None, gt=0, unit="steps")
     """A checkpoint whose step is a multiple of this stays for good."""
+    async_save: bool = setting(True)
+    """Copy the state to host memory and write it while training goes on; false waits until it is
+    written. The losses are the same."""
+    on_damage: Literal["fall_back", "refuse"] = setting("fall_back")
+    """When a file of the newest checkpoint is damaged: go on from the next older one that verifies,
+    or end with an error that names the file."""
+    on_data_change: Literal["refuse", "allow"] = setting("refuse")
+    """When files, weights, seed, batch size or number of steps, from which the order of samples is
+    made, are not those of the checkpoint: refuse with their differences, or warn and go on."""
 
 
 class Logging(Section):

@@ -149,6 +149,8 @@ def micro_batches(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         multiprocessing_context="fork" if workers > 0 else None,
+        # Its own, lest every start and every evaluation advance the run's random numbers.
+        generator=torch.Generator(),
     )
     return iter(loader)
 

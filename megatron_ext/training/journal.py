@@ -45,6 +45,7 @@ class Journal:
         self.flops_per_token = flops_per_token(config)
         self.first_step = done_steps
         self.started = time.monotonic()
+        self.stalled = 0.0
         self.board: Any = None
         if here.is_main:
             _drop_records_after(self.run_dir / "metrics.jsonl", done_steps)
@@ -56,8 +57,11 @@ class Journal:
                     str(self.run_dir / "tensorboard"), purge_step=done_steps + 1
                 )
 
-    def step(self, done: int, result: StepResult, seconds: float, data_wait: float) -> None:
-        """Record the step after which `done` steps are done, if it is one to be logged."""
+    def step(
+        self, done: int, result: StepResult, seconds: float, data_wait: float, stalled: float = 0.0
+    ) -> None:
+        """Record the step after which `done` steps are done, if it is one to be logged. `stalled`:
+        seconds that training has waited for checkpoints since the start of this process."""
         last = done == self.config.training.steps
         if not self.here.is_main or not (done % self.config.logging.interval == 0 or last):
             return
@@ -78,9 +82,11 @@ class Journal:
                 "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
                 "memory_gb": _memory_gb(self.here.device),
                 "data_wait_s": data_wait,
+                "checkpoint_stall_s": stalled - self.stalled,  # since the record before
                 "skipped": result.skipped,
             }
         )
+        self.stalled = stalled
         rate = (time.monotonic() - self.started) / (done - self.first_step)
         log.info(
             "step %d/%d  loss %.4f  lr %.2e  grad %.2f  %s tokens/s  %.2f s/step  ETA %s%s",

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.utils.data import Dataset
 
-from megatron_ext.checkpoint import manifest, sharded
+from megatron_ext.checkpoint.saving import Saver
 from megatron_ext.config import Config
 from megatron_ext.data.blend import Layout, micro_batches
 from megatron_ext.errors import Verdict
@@ -37,19 +37,21 @@ def train(
 ) -> int:
     """Train from `done_steps` on; returns the steps done, all of them or those before a signal.
 
-    `record` goes into every checkpoint. Raises Verdict.
+    `record` goes into every checkpoint. Raises Verdict: too many skipped steps in a row, or a last
+    state that could not be saved.
     """
     steps = config.training.steps
     batches = TimedIterator(micro_batches(data[0], config, layout, done_steps, steps))
     journal = Journal(config, here, done_steps)
-    done, saved, skips, stop = done_steps, done_steps, 0, False
+    saver = Saver(config, record, done_steps)
+    done, skips, stop = done_steps, 0, False
     while done < steps and not stop:
         started, batches.waited = time.monotonic(), 0.0
         result = train_step(
             done, batches, model, optimizer, config, stop_requested=watch.stop_requested
         )
         done, stop = done + 1, result.stop
-        journal.step(done, result, time.monotonic() - started, batches.waited)
+        journal.step(done, result, time.monotonic() - started, batches.waited, saver.stall_s)
 
         skips = skips + 1 if result.skipped else 0
         if skips > config.faults.max_consecutive_skips:
@@ -62,17 +64,10 @@ def train(
             journal.validation(
                 done, evaluate_loss(held_out, model, config, config.evaluation.batches)
             )
+        saver.poll()
         if done % config.checkpoint.interval == 0 or done == steps or stop:
-            path = sharded.save(config.training.run_dir, done, model, optimizer, record)
-            saved = done
-            if here.is_main:
-                log.info("step %d  checkpoint %s", saved, path)
-                manifest.prune(
-                    config.training.run_dir,
-                    config.checkpoint.keep_last,
-                    config.checkpoint.keep_every,
-                    done,
-                )
+            saver.save(done, model, optimizer)
+    saver.close(done)
     journal.close()
     return done
 

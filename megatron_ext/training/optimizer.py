@@ -7,7 +7,6 @@ parallel.distributed_optimizer says so.
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ext.config import Config
 
@@ -33,37 +32,16 @@ def build_optimizer(model: list[DistributedDataParallel], config: Config) -> Meg
         group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
-            _make_restorable(part)
+            _make_state(part.optimizer)
     return optimizer
 
 
-def _make_restorable(part: MegatronOptimizer) -> None:
-    """Let a checkpoint find its place in PyTorch's AdamW, which differs from the fused ones in one
-    point that Megatron-Core 0.16.1 forgets: each weight has a `step` tensor of its own."""
-    adamw = part.optimizer
+def _make_state(adamw: torch.optim.AdamW) -> None:
+    """What PyTorch makes in the first step, so that a checkpoint finds its place before it."""
     for group in adamw.param_groups:
         for weight in group["params"]:
-            # PyTorch makes the state in the first step, Megatron-Core prepares it without `step`.
             adamw.state[weight] = {
                 "step": torch.zeros((), dtype=torch.float32),
                 "exp_avg": torch.zeros_like(weight),
                 "exp_avg_sq": torch.zeros_like(weight),
             }
-
-    def own_steps(optimizer: torch.optim.Optimizer) -> None:
-        # distrib_optimizer.py:824 gives all weights one tensor, which then counts every weight.
-        for state in optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    adamw.register_load_state_dict_post_hook(own_steps)
-
-    def set_state(weight: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        # distrib_optimizer.py:940 wants `step` among the tensors of a file that rightly lacks it.
-        group, place = part.model_param_group_index_map[weight]
-        main_weight = adamw.param_groups[group]["params"][place]
-        main_weight.data.copy_(tensors["param"])
-        for name in ("exp_avg", "exp_avg_sq"):
-            adamw.state[main_weight][name].copy_(tensors[name])
-
-    if isinstance(part, DistributedOptimizer):
-        part._set_main_param_and_optimizer_states = set_state

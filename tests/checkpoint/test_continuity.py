@@ -23,7 +23,6 @@ def record(config_file: Path, *settings: str) -> dict:
         "model.num_layers=2",
         "model.num_kv_heads=2",
         "precision.dtype=bf16",
-        "parallel.distributed_optimizer=true",
         "training.seed=1",
         "training.steps=19",
         "training.global_batch_size=16",
@@ -51,6 +50,7 @@ def test_order_of_the_corpora_is_part_of_the_data(config_file: Path, corpus: Pat
     "change",
     [
         "parallel.tensor=2",
+        "parallel.distributed_optimizer=true",
         "training.micro_batch_size=2",
         "optimizer.lr=1e-5",
         "checkpoint.interval=3",
@@ -60,6 +60,20 @@ def test_order_of_the_corpora_is_part_of_the_data(config_file: Path, corpus: Pat
 )
 def test_layout_and_learning_rate_may_change(change: str, config_file: Path) -> None:
     check_continues(record(config_file), record(config_file, change))
+
+
+def test_all_differences_are_told_and_those_of_the_data_can_be_allowed(config_file: Path) -> None:
+    before = record(config_file)
+    data = record(config_file, "training.seed=1", "data.corpora.library.weight=2")
+    with pytest.raises(UserError) as refused:
+        check_continues(before, data)
+    for line in ("data.seed: 1234 -> 1", "data.corpora.library.weight: 1.0 -> 2.0"):
+        assert f"\n  {line}\n" in str(refused.value)
+    assert "checkpoint.on_data_change=allow" in str(refused.value)
+    allowed = check_continues(before, data, allow_data=True)
+    assert allowed == ["data.corpora.library.weight: 1.0 -> 2.0", "data.seed: 1234 -> 1"]
+    with pytest.raises(UserError, match=r"rope\.base: 10000\.0 -> 20000\.0"):
+        check_continues(before, record(config_file, "training.seed=1", "rope.base=2e4"), True)
 
 
 def test_token_files_may_move(config_file: Path, corpus: Path, tmp_path: Path) -> None:

@@ -47,23 +47,35 @@ def test_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     assert manifest.find_checkpoints(tmp_path) == [manifest.checkpoint_dir(tmp_path, 5)]
 
 
-def test_newest_valid_skips_damaged_ones_and_tells(tmp_path: Path) -> None:
-    older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 6)
-    (newer / "a.distcp").write_bytes(b"")
-    found, problems = manifest.newest_valid(tmp_path)
-    assert found == older
-    assert len(problems) == 1
-    (older / manifest.MANIFEST).write_text("{")
-    found, problems = manifest.newest_valid(tmp_path)
-    assert found is None
-    assert len(problems) == 2
+def test_flipped_bit_in_the_manifest_itself_is_found(tmp_path: Path) -> None:
+    """A changed name or size would otherwise hide a file, or accuse a good one."""
+    file = make_checkpoint(tmp_path, 5) / manifest.MANIFEST
+    good = file.read_bytes()
+    for place in range(len(good)):
+        bad = bytearray(good)
+        bad[place] ^= 1 << place % 8
+        file.write_bytes(bad)
+        assert manifest.verify(file.parent), (place, bytes(bad))
+
+
+def test_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 5)
+    (tmp_path / "outside").write_text("x")
+    manifest.write_manifest(folder, manifest.file_facts(folder, ["../../outside"]))
+    assert "no file beside it" in manifest.verify(folder)[0]
+
+
+def test_parts_of_the_verification_make_the_whole(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 5)
+    for name in ("a.distcp", "run.json"):
+        (folder / name).write_bytes(b"")
+    parts = [problem for part in range(3) for problem in manifest.verify(folder, part, 3)]
+    assert sorted(parts) == sorted(manifest.verify(folder))
 
 
 def test_prune_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
     for step in range(10, 80, 10):
         make_checkpoint(tmp_path, step)
-    leftover = tmp_path / "checkpoints" / "step_00000080.unfinished"
-    leftover.mkdir()
     manifest.prune(tmp_path, keep_last=2, keep_every=30, done=70)
     kept = [manifest.step_of(folder) for folder in manifest.find_checkpoints(tmp_path)]
     assert kept == [70, 60, 30]
@@ -72,7 +84,6 @@ def test_prune_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
     manifest.prune(tmp_path, keep_last=1, keep_every=None, done=65)
     kept = [manifest.step_of(folder) for folder in manifest.find_checkpoints(tmp_path)]
     assert kept == [70, 65]
-    assert not leftover.exists()
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

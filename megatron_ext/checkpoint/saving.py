@@ -1,0 +1,263 @@
+"""Saving without stopping: the state is copied to host memory, a thread writes it while training
+goes on, and the folder becomes a checkpoint once all ranks agree that theirs is on disk.
+
+    saver = Saver(config, record, done_steps)
+    saver.save(step, model, optimizer)      # every rank; returns once the state is copied
+    saver.poll()                            # every rank, each step: seals a save that is written
+    saver.close()                           # every rank, at the end: waits for it
+    saver.stall_s, saver.saved_step
+
+A save goes into a folder of its own named `.unfinished`, gets its manifest last and is renamed. The
+writer is a thread: no process is left over by a kill, and none dies of a signal to the group. It
+takes part in no collective. Saves never overlap. One that fails, for lack of space or otherwise, is
+a warning: what it wrote is removed, older checkpoints stay, the run goes on.
+"""
+
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_ext.checkpoint import manifest, storage
+from megatron_ext.checkpoint.chunks import Chunk, Model, state_chunks
+from megatron_ext.checkpoint.rng import random_state
+from megatron_ext.config import Config
+from megatron_ext.errors import Verdict
+
+log = logging.getLogger(__name__)
+
+_BYTES_A_CHUNK = 4096  # around the numbers of a chunk, in its file and in the index
+
+
+class Saver:
+    """The checkpoints of one run; `record` (config, data) goes into each."""
+
+    def __init__(self, config: Config, record: dict[str, Any], saved_step: int) -> None:
+        self.config = config
+        self.record = record
+        self.run_dir = config.training.run_dir
+        self.saved_step = saved_step  # steps done in the newest checkpoint
+        self.stall_s = 0.0  # seconds that training has waited so far
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[Save, Future[storage.Written | str]] | None = None
+
+    def save(self, step: int, model: Model, optimizer: MegatronOptimizer) -> None:
+        """Begin to save the state after `step` steps, after waiting for the save before."""
+        self._finish()
+        started = time.monotonic()
+        save = begin(self.run_dir, step, model, optimizer, self.record)
+        if save is not None:
+            self._pending = save, self._worker.submit(save.write)
+        self.stall_s += time.monotonic() - started
+        if not self.config.checkpoint.async_save:
+            self._finish()
+
+    def poll(self) -> None:
+        """Seal the save in flight if every rank has written its part."""
+        if self._pending is None:
+            return
+        started = time.monotonic()
+        written = torch.tensor([self._pending[1].done()], device=torch.cuda.current_device()).int()
+        dist.all_reduce(written, dist.ReduceOp.MIN)
+        self.stall_s += time.monotonic() - started
+        if written.item():
+            self._finish()
+
+    def close(self, done: int) -> None:
+        """Wait for the save in flight. Raises Verdict when step `done` has no checkpoint."""
+        self._finish()
+        self._worker.shutdown()
+        if self.saved_step < done:
+            raise Verdict(f"the state after step {done} could not be saved: see the warning above")
+
+    def _finish(self) -> None:
+        if self._pending is None:
+            return
+        started = time.monotonic()
+        (save, written), self._pending = self._pending, None
+        path = seal(save, written.result())
+        self.stall_s += time.monotonic() - started
+        if path is None:
+            return
+        self.saved_step = save.step
+        if dist.get_rank() == 0:
+            log.info("step %d  checkpoint %s", save.step, path)
+            keep = self.config.checkpoint
+            self._worker.submit(
+                _or_warn, manifest.prune, self.run_dir, keep.keep_last, keep.keep_every, save.step
+            )
+
+
+@dataclass(frozen=True)
+class Save:
+    """A save in flight: this rank's part of the state, in host memory."""
+
+    step: int
+    final: Path
+    folder: Path
+    chunks: list[Chunk]
+    facts: dict[str, Any]  # run.json
+
+    def write(self) -> storage.Written | str:
+        """Write this rank's file, or say what went wrong. Runs in a thread."""
+        try:
+            return storage.write_chunks(self.folder, dist.get_rank(), self.chunks)
+        except Exception as error:
+            return f"{error}"
+
+
+def begin(
+    run_dir: Path,
+    step: int,
+    model: Model,
+    optimizer: MegatronOptimizer | None,
+    record: dict[str, Any],
+) -> Save | None:
+    """Copy this rank's part of the state to host memory and make the folder; every rank calls it.
+
+    None, after a warning, when the disk has no room for it.
+    """
+    live = state_chunks(model, optimizer, to_write=True)
+    rank = dist.get_rank()
+    for name, tensor in random_state().items():
+        live.append(
+            Chunk(f"rng.{rank:05d}.{name}", tuple(tensor.shape), (0,) * tensor.dim(), tensor)
+        )
+    size = sum(chunk.tensor.nbytes + _BYTES_A_CHUNK for chunk in live)
+    total = torch.tensor([size], device=torch.cuda.current_device())
+    dist.all_reduce(total)
+    final = manifest.checkpoint_dir(run_dir, step)
+    answer: list[Any] = [None]
+    if rank == 0:
+        answer = [_make_room(final, int(total.item()))]
+    dist.broadcast_object_list(answer)
+    folder = answer[0]
+    if folder is None:
+        return None
+    chunks = [replace(chunk, tensor=chunk.tensor.to("cpu", copy=True)) for chunk in live]
+    facts = {
+        **progress(step, record["config"]),
+        "optimizer_steps": optimizer_steps(optimizer),
+        "layout": layout(),
+        "config_hash": manifest.hash_of(record["config"]),
+        "data_hash": manifest.hash_of(record["data"]),
+        **record,
+    }
+    return Save(step, final, folder, chunks, facts)
+
+
+def seal(save: Save, written: storage.Written | str) -> Path | None:
+    """Make the folder a checkpoint if every rank wrote its part; every rank calls it.
+
+    None, after a warning, when one could not: the folder is gone then.
+    """
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(written, gathered)
+    answer: list[Any] = [None]
+    if gathered is not None:
+        try:
+            for rank, part in enumerate(gathered):
+                if isinstance(part, str):
+                    raise RuntimeError(f"rank {rank}: {part}")
+            _seal(save, gathered)
+            answer = [save.final]
+        except (OSError, RuntimeError) as error:
+            log.warning(
+                "checkpoint of step %d NOT SAVED, training goes on: %s. Make room in %s",
+                save.step, error, save.final.parent,
+            )  # fmt: skip
+            shutil.rmtree(save.folder, ignore_errors=True)
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def progress(step: int, config: dict[str, Any]) -> dict[str, int]:
+    """How far a run is after `step` steps: sequences and tokens read."""
+    training = config["training"]
+    samples = step * training["global_batch_size"]
+    return {
+        "step": step,
+        "consumed_samples": samples,
+        "consumed_tokens": samples * training["sequence_length"],
+    }
+
+
+def layout() -> dict[str, int]:
+    """Ranks in each direction of parallelism."""
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def optimizer_steps(optimizer: MegatronOptimizer | None) -> int:
+    """Updates that AdamW has made, which its bias correction counts: skipped steps are none."""
+    for part in [] if optimizer is None else optimizer.chained_optimizers:
+        for holder in (*part.optimizer.state.values(), *part.optimizer.param_groups):
+            if "step" in holder:
+                return int(holder["step"])
+    return 0
+
+
+def _make_room(final: Path, size: int) -> Path | None:
+    """A folder to write `size` bytes into; None when there is no room."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in final.parent.glob("*.unfinished"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        free = shutil.disk_usage(final.parent).free
+        if size > free:
+            log.warning(
+                "checkpoint of step %d NOT SAVED, training goes on: it takes %s GB and %s has %s "
+                "GB free: make room, or lower checkpoint.keep_last (older ones go after a save)",
+                manifest.step_of(final), f"{size / 1e9:.3g}", final.parent, f"{free / 1e9:.3g}",
+            )  # fmt: skip
+            return None
+        # A process of a killed run that is still writing has another folder.
+        folder = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.unfinished")
+        folder.mkdir()
+    except OSError as error:
+        log.warning(
+            "checkpoint of step %d NOT SAVED, training goes on: %s", manifest.step_of(final), error
+        )
+        return None
+    return folder
+
+
+def _seal(save: Save, written: list[storage.Written]) -> None:
+    storage.write_index(save.folder, written)
+    manifest.write_json(save.folder / "run.json", save.facts)
+    files = {part.name: part.facts for part in written}
+    own = sorted(p.name for p in save.folder.iterdir() if p.name not in files)
+    files |= manifest.file_facts(save.folder, own)
+    for name, facts in files.items():
+        found = (save.folder / name).stat().st_size
+        if found != facts["bytes"]:
+            raise RuntimeError(f"{name} has {found} bytes instead of {facts['bytes']}")
+    for name in own:
+        manifest.sync(save.folder / name)
+    manifest.write_manifest(save.folder, dict(sorted(files.items())))
+    if save.final.exists():  # a damaged one of the same step
+        manifest.delete([save.final])
+    save.folder.replace(save.final)
+    manifest.sync(save.final.parent)
+
+
+def _or_warn(function: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        function(*arguments)
+    except OSError as error:
+        log.warning("old checkpoints could not be deleted: %s", error)
