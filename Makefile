@@ -1,6 +1,7 @@
 # The two entrances: `make demo` and `make test`. Each makes .venv and installs what it needs, once.
 #   make demo CORPUS=my_texts/       the demo on your own files (.txt, .jsonl, a folder)
 #   make test-slow                   everything, the long tests too
+#   make test-slurm                  jobs on a real Slurm: apt-get install slurmctld slurmd munge
 #   make lint                        ruff and mypy
 
 PYTHON ?= python3
@@ -8,11 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format docs clean
+.PHONY: demo test test-slow test-slurm lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m megatron_ext.study.demo $(if $(CORPUS),--corpus "$(CORPUS)")
@@ -22,6 +23,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest
+
+test-slurm: $(INSTALLED)
+	@$(BIN)/python -m pytest -m slurm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ WAY_OF_A_BATCH = [
 # Folder by folder, a room may import those after it and never one before it.
 ORDER = [
     {"cli"},
-    {"study", "planning"},
+    {"study", "planning", "jobs"},
     {"evaluation", "training"},
     {"checkpoint", "model", "data"},
     {"world", "cpu", "launch"},
@@ -89,6 +89,7 @@ def test_data_tools_stands_alone() -> None:
         "megatron_ext.checkpoint.manifest",
         "megatron_ext.planning.preflight",
         "megatron_ext.training.status",
+        "megatron_ext.jobs.__main__",
         "megatron_ext.cli",
         "data_tools.cli",
     ],

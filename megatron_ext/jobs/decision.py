@@ -1,0 +1,97 @@
+"""What comes after a job's end: nothing, because the run is finished; the queue again; or a stop.
+
+    decision = decide(End(code=1, step=120, steps=1000, reason="..."), read(run_dir))
+    decision.action, decision.reason
+
+A run goes on by itself as long as it gets anywhere. It stops when the same thing ends it twice at
+the same step, for a third start would end there too; and at once for what a person has to mend.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.jobs.journal import Life
+
+MISTAKE = 2  # exit code of pretrain.py for the user's mistake
+_ALL_BAD = 0.5  # when so large a share of nodes fails its check, the check's subject is not a node
+_FRUITLESS = 3  # signals in a row without a step between them
+
+
+@dataclass(frozen=True)
+class End:
+    """How a life ended."""
+
+    code: int
+    """Of srun: the highest of all ranks."""
+    step: int
+    """Last step that the run's metrics tell of."""
+    steps: int
+    finished: bool
+    """A checkpoint of the last step exists."""
+    reason: str = ""
+    """First error, one line."""
+    signal: str = ""
+    """That the batch script was sent, such as USR1."""
+    bad_nodes: tuple[str, ...] = ()
+    nodes: int = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: Literal["finished", "requeue", "stop"]
+    reason: str
+
+
+def decide(end: End, lives: list[Life]) -> Decision:
+    """`lives` are those before this one, oldest first."""
+    if end.finished:
+        return Decision("finished", f"all {end.steps} steps are done")
+    if end.bad_nodes:
+        names = ", ".join(end.bad_nodes)
+        if len(end.bad_nodes) > max(1, _ALL_BAD * end.nodes) or end.nodes == 1:
+            return Decision(
+                "stop", f"{len(end.bad_nodes)} of {end.nodes} nodes failed their check ({names}): "
+                "look at what they have in common, or set HEALTH_CHECK=no in slurm/site.env",
+            )  # fmt: skip
+        return Decision("requeue", f"without {names}, which failed the check of nodes")
+    if end.code == MISTAKE:
+        return Decision("stop", end.reason or "the command or the config is wrong")
+    if end.code == 0 or end.signal:
+        return _after_signal(end, lives)
+    return _after_failure(end, lives)
+
+
+def _after_signal(end: End, lives: list[Life]) -> Decision:
+    before = [life.ended for life in lives if life.ended]
+    same = 1
+    for ended in reversed(before):
+        if not (ended["action"] == "requeue" and ended["step"] == end.step and ended["stopped"]):
+            break
+        same += 1
+    if same >= _FRUITLESS:
+        return Decision(
+            "stop", f"{same} starts in a row were stopped at step {end.step} before another step: "
+            "give the job more time (--time), or a partition that preempts less",
+        )  # fmt: skip
+    name = f"SIG{end.signal}" if end.signal else "a signal"
+    return Decision("requeue", f"stopped by {name} after step {end.step}")
+
+
+def _after_failure(end: End, lives: list[Life]) -> Decision:
+    what = end.reason or f"exit code {end.code}"
+    here = []
+    for ended in reversed([life.ended for life in lives if life.ended]):
+        if ended["stopped"] or ended["step"] != end.step:
+            break
+        here.append(ended["error"])
+    if here and _alike(here[0], end.reason):
+        return Decision("stop", f"failed twice at step {end.step}: {what}")
+    if len(here) + 1 >= _FRUITLESS:
+        return Decision("stop", f"failed {len(here) + 1} times at step {end.step}, lastly: {what}")
+    return Decision("requeue", f"failed at step {end.step}: {what}")
+
+
+def _alike(one: str, other: str) -> bool:
+    """The same error but for ports, ranks, addresses and times."""
+    return re.sub(r"\d+", "#", one) == re.sub(r"\d+", "#", other)

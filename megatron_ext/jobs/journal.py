@@ -1,0 +1,62 @@
+"""RUN/jobs.jsonl: one line whenever a job of the run is submitted, begins or ends.
+
+    record(run_dir, "began", log="slurm/logs/pretrain-12.out", step=1000)
+    lives = read(run_dir)                    # every start of every job, in order
+
+A line names event, time (seconds since 1970), job id and restart (0 in a job's first life). It is
+appended by one batch script at a time. Needs no torch.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "jobs.jsonl"
+
+
+@dataclass(frozen=True)
+class Life:
+    """One start of a job, from its first line of script to its last."""
+
+    job: str
+    restart: int
+    began: dict[str, Any] = field(default_factory=dict)
+    """Empty when it was submitted and has not begun."""
+    ended: dict[str, Any] = field(default_factory=dict)
+    """Empty while it runs, and for ever when Slurm or a dead node ended it."""
+
+
+def record(run_dir: Path, event: str, job: str | None = None, **facts: Any) -> None:
+    """Append a line about `job`, or else the job that this process runs in."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    line = {
+        "event": event,
+        "time": round(time.time(), 3),
+        "job": job or os.environ.get("SLURM_JOB_ID", "none"),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        **facts,
+    }
+    with (run_dir / FILE).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(run_dir: Path) -> list[Life]:
+    """All lives, oldest first. A line that a power cut left half written is passed over."""
+    lives: dict[tuple[str, int], Life] = {}
+    file = run_dir / FILE
+    for text in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            line = json.loads(text)
+            key = (line["job"], line["restart"])
+            life = lives.get(key, Life(*key))
+            began = line if line["event"] == "began" else life.began
+            ended = line if line["event"] == "ended" else life.ended
+            lives[key] = Life(*key, began, ended)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return list(lives.values())
