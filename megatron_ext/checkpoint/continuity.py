@@ -11,6 +11,7 @@ would give samples twice or never, and is refused unless it is allowed.
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_ext.config.settings import find
 from megatron_ext.errors import UserError
 
 _FIXED = ("model.", "rope.", "precision.dtype", "data.")
@@ -27,6 +28,8 @@ def check_continues(
     Returns the differences in the data when they are allowed; raises UserError for all others.
     """
     before, after = dict(_fixed(saved)), dict(_fixed(now))
+    # A setting that came after the checkpoint was written had its default.
+    before = {n: _default(n) for n in after if not n.startswith("data.")} | before
     differences = {
         name: f"{name}: {before.get(name, _ABSENT)} -> {after.get(name, _ABSENT)}"
         for name in sorted(before.keys() | after.keys())
@@ -42,6 +45,11 @@ def check_continues(
     raise UserError(
         f"this run does not continue its checkpoint (checkpoint -> this run):{lines}\n{way_out}"
     )
+
+
+def _default(name: str) -> Any:
+    setting = find(tuple(name.split(".")))
+    return _ABSENT if setting is None else setting.schema.get("default", _ABSENT)
 
 
 def _fixed(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:

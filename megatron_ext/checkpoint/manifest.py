@@ -19,6 +19,8 @@ from typing import Any
 
 import xxhash
 
+from megatron_ext.errors import UserError
+
 MANIFEST = "manifest.json"
 FORMAT = 2
 _NAME = re.compile(r"step_(\d{8})")
@@ -46,6 +48,21 @@ def find_folders(run_dir: Path) -> list[Path]:
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints of a run, newest first: folders with a manifest."""
     return [folder for folder in find_folders(run_dir) if (folder / MANIFEST).is_file()]
+
+
+def find_run(source: Path) -> tuple[Path, Path]:
+    """Run folder and checkpoint of either; of a run the newest. Raises UserError."""
+    if (source / MANIFEST).is_file():
+        run_dir, checkpoint = source.resolve().parents[1], source
+    else:
+        found = find_checkpoints(source)
+        if not found:
+            what = "holds no finished checkpoint" if source.is_dir() else "does not exist"
+            raise UserError(f"{source} {what}: name a run folder after its first checkpoint")
+        run_dir, checkpoint = source, found[0]
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} has no config.yaml: name the folder of a run")
+    return run_dir, checkpoint
 
 
 def file_facts(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

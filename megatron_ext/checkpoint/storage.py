@@ -130,10 +130,10 @@ def _as_torch_describes(tensors: dict[str, Any]) -> Metadata:
     return Metadata(described, storage_data=storage)
 
 
-def read_chunks(folder: Path, chunks: Sequence[Chunk]) -> None:
-    """Fill the chunks' tensors from files that any layout wrote; no collective. Raises UserError
-    when a tensor is not there, or has another shape."""
-    index = read_index(folder)
+def read_chunks(folder: Path, chunks: Sequence[Chunk], index: Metadata | None = None) -> None:
+    """Fill the chunks' tensors from files that any layout wrote; no collective. `index` saves
+    reading it again. Raises UserError when a tensor is not there, or has another shape."""
+    index = read_index(folder) if index is None else index
     items: list[ReadItem] = []
     targets: dict[MetadataIndex, torch.Tensor] = {}
     for chunk in chunks:

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from megatron_ext.errors import UserError
 
-COMMANDS = ("bound", "plan", "schema", "evaluate", "report", "doctor")
+COMMANDS = ("bound", "plan", "schema", "evaluate", "export-hf", "import-hf", "report", "doctor")
 
 
 class _Commands(TyperGroup):

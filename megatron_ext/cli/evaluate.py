@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_ext.cli.options import whole_numbers
 from megatron_ext.errors import UserError
 
 TASKS = ("perplexity",)
@@ -51,10 +52,10 @@ def evaluate(
     for task in tasks.split(","):
         if task.strip() not in TASKS:
             raise UserError(f"--tasks {task.strip()} is unknown: choose {', '.join(TASKS)}")
-    from megatron_ext.evaluation.layout import in_layout
+    from megatron_ext.config.layout import in_layout
     from megatron_ext.evaluation.perplexity import make_plan, measure
 
-    plan = make_plan(source, _numbers(lengths), stride, max_tokens, text or [])
+    plan = make_plan(source, whole_numbers("--lengths", lengths), stride, max_tokens, text or [])
     in_layout(plan.config, tensor, pipeline)  # refuses before torch is imported
     results = plan.results
     if plan.missing:
@@ -70,15 +71,6 @@ def evaluate(
             print(json.dumps(results, indent=1))
         else:
             _print_table(results, plan.output)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part.replace("_", "")) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(
-            f"--lengths {text} is no list of whole numbers: write 128,256,512"
-        ) from None
 
 
 def _print_table(results: dict[str, Any], output: Path) -> None:

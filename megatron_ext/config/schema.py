@@ -54,7 +54,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """The Llama: pre-norm, RMSNorm, SwiGLU, rotary positions, no biases."""
+    """The Llama: pre-norm, RMSNorm, SwiGLU, rotary positions, no biases but those of qkv_bias."""
 
     num_layers: int = setting(gt=0, unit="layers", example=32)
     """Transformer layers."""
@@ -79,6 +79,8 @@ class Model(Section):
     """Rows of the embedding; at least the tokenizer's size and divisible by parallel.tensor."""
     tied_embeddings: bool = setting(False)
     """Share the input embedding with the output projection."""
+    qkv_bias: bool = setting(False)
+    """Biases on the projections to queries, keys and values, as in Qwen2; drawn as zeros."""
     norm_eps: float = setting(1e-6, gt=0)
     """Epsilon inside RMSNorm's square root."""
     init_std: float = setting(0.02, gt=0)

@@ -102,6 +102,19 @@ def eod_id(config: Config) -> int:
     return found
 
 
+def tokenizer_path(config: Config) -> Path:
+    """data.tokenizer, or what the first receipt beside the corpora names. Raises UserError."""
+    if config.data.tokenizer is not None:
+        return config.data.tokenizer
+    for corpus in config.data.corpora.values():
+        receipt = read_receipt(corpus.path)
+        if receipt is not None:
+            return Path(receipt["tokenizer"]["path"])
+    raise UserError(
+        "the run does not say which tokenizer made its corpora: set data.tokenizer in its config"
+    )
+
+
 def _check_files(name: str, corpus: Corpus) -> None:
     for suffix in (".bin", ".idx"):
         file = Path(f"{corpus.path}{suffix}")

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_tools.errors import UserError as DataError
-from megatron_ext.checkpoint.manifest import MANIFEST, find_checkpoints, step_of, write_json
+from megatron_ext.checkpoint.manifest import MANIFEST, find_run, step_of, write_json
 from megatron_ext.config import Config, load_config
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import texts as texts_
@@ -228,21 +228,6 @@ def batch(items: Iterator[Window]) -> Iterator[list[Window]]:
         if (len(group) + 1) * size > _TOKENS_AT_ONCE:
             yield waiting.pop(size)
     yield from waiting.values()
-
-
-def find_run(source: Path) -> tuple[Path, Path]:
-    """Run folder and checkpoint of either; of a run the newest. Raises UserError."""
-    if (source / MANIFEST).is_file():
-        run_dir, checkpoint = source.resolve().parents[1], source
-    else:
-        found = find_checkpoints(source)
-        if not found:
-            what = "holds no finished checkpoint" if source.is_dir() else "does not exist"
-            raise UserError(f"{source} {what}: name a run folder after its first checkpoint")
-        run_dir, checkpoint = source, found[0]
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} has no config.yaml: name the folder of a run")
-    return run_dir, checkpoint
 
 
 def default_lengths(config: Config) -> list[int]:

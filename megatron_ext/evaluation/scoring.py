@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import sharded
 from megatron_ext.config import Config
-from megatron_ext.evaluation.layout import in_layout
+from megatron_ext.config.layout import in_layout
 from megatron_ext.model.llama import build_gpt, transformer_config
 from megatron_ext.world import World, world
 

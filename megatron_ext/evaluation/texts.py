@@ -17,9 +17,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from data_tools.indexed import open_tokens, read_index
-from data_tools.receipt import read_receipt
 from data_tools.tokenizer import load_tokenizer
 from megatron_ext.config import Config
+from megatron_ext.data.corpora import tokenizer_path
 from megatron_ext.errors import UserError
 
 Tokens = NDArray[Any]
@@ -62,19 +62,6 @@ def own_texts(config: Config, files: Sequence[Path]) -> Texts:
         documents.append(tokenizer.encode(text))
         source[file.name] = hashlib.sha256(text.encode()).hexdigest()
     return Texts(documents, {"kind": "text files", "sha256": source, "tokenizer": tokenizer.hash})
-
-
-def tokenizer_path(config: Config) -> Path:
-    """data.tokenizer, or what the first receipt beside the corpora names. Raises UserError."""
-    if config.data.tokenizer is not None:
-        return config.data.tokenizer
-    for corpus in config.data.corpora.values():
-        receipt = read_receipt(corpus.path)
-        if receipt is not None:
-            return Path(receipt["tokenizer"]["path"])
-    raise UserError(
-        "the run does not say which tokenizer made its corpora: set data.tokenizer in its config"
-    )
 
 
 def choose(texts: Texts, longest: int, max_tokens: int) -> tuple[list[Tokens], list[str]]:

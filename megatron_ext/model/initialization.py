@@ -23,7 +23,8 @@ _ROWS = 1024  # rows drawn from one seed; bounds the memory of a draw
 @torch.no_grad()
 def initialize_weights(model: GPTModel, config: Config) -> None:
     """Fill the model's parameters in place: normal with init_std; output projections of attention
-    and MLP with init_std / sqrt(2 num_layers) (Radford et al. 2019); norms with ones."""
+    and MLP with init_std / sqrt(2 num_layers) (Radford et al. 2019); norms with ones, biases with
+    zeros."""
     residual_std = config.model.init_std / (2 * config.model.num_layers) ** 0.5
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     for shard in nested_values(model.sharded_state_dict(metadata=metadata)):
@@ -34,6 +35,9 @@ def initialize_weights(model: GPTModel, config: Config) -> None:
                 continue
             if "norm" in tensor.key:
                 tensor.data.fill_(1.0)
+                continue
+            if tensor.key.endswith(".bias"):
+                tensor.data.zero_()
                 continue
             is_residual = tensor.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
             std = residual_std if is_residual else config.model.init_std

@@ -81,3 +81,11 @@ def test_token_files_may_move(config_file: Path, corpus: Path, tmp_path: Path) -
         (tmp_path / f"moved{suffix}").write_bytes(Path(f"{corpus}{suffix}").read_bytes())
     moved = record(config_file, f"data.corpora.library.path={tmp_path / 'moved'}")
     check_continues(record(config_file), moved)
+
+
+def test_a_setting_that_came_later_had_its_default(config_file: Path) -> None:
+    before = record(config_file)
+    del before["config"]["model"]["qkv_bias"]
+    check_continues(before, record(config_file))
+    with pytest.raises(UserError, match=r"model\.qkv_bias: False -> True"):
+        check_continues(before, record(config_file, "model.qkv_bias=true"))

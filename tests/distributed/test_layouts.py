@@ -26,7 +26,7 @@ LAYOUTS = {
 # Model variants whose weights are shared or divided in ways of their own.
 VARIANTS = {
     "tied embeddings over pipeline stages": (
-        ["model.tied_embeddings=true"],
+        ["model.tied_embeddings=true", "model.qkv_bias=true"],
         2,
         ["parallel.pipeline=2"],
     ),

@@ -45,7 +45,12 @@ def test_transformers_llama_has_as_many(model: Model) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_kv_heads": 2}, {"tied_embeddings": True}, {"head_dim": 32, "num_layers": 1}],
+    [
+        {},
+        {"num_kv_heads": 2},
+        {"tied_embeddings": True, "qkv_bias": True},
+        {"head_dim": 32, "num_layers": 1},
+    ],
 )
 def test_our_model_has_as_many(changes: dict) -> None:
     from megatron_ext.model.llama import build_model

@@ -1,12 +1,12 @@
-"""A run's config for evaluating it in another layout than the one it was trained in.
+"""A run's config in another layout than the one it was trained in, to read its weights.
 
     config = in_layout(config, tensor=2, pipeline=1)
 
 Refuses (ConfigError) a layout that does not divide the model. Needs no torch.
 """
 
-from megatron_ext.config import Config
 from megatron_ext.config.rules import check_tensor
+from megatron_ext.config.schema import Config
 
 
 def in_layout(config: Config, tensor: int, pipeline: int) -> Config:

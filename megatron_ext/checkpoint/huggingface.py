@@ -1,0 +1,282 @@
+"""Llama-like Hugging Face folder <-> checkpoint, proved by logits.
+
+    folder = export_hf(Path("runs/mine"), Path("mine-hf"))
+    run_dir = import_hf(Path("Llama-2-7b-hf"), Path("runs/llama2"), tensor=2, pipeline=2)
+
+Export streams: one layer is in memory at a time. The proof after it needs the whole model twice,
+one after the other, in float32. A folder or run that could not be proved is not left there.
+Everything is written under a temporary name and renamed. Refuses (UserError) what `hf_config`
+cannot say in the other's words, damaged checkpoints, and an output that is there already.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.checkpoint import manifest
+from megatron_ext.checkpoint.hf_config import (
+    HfConfig,
+    architecture,
+    config_from_hf,
+    config_to_hf,
+    is_norm_head,
+)
+from megatron_ext.config import Config, load_config
+from megatron_ext.config.layout import in_layout
+from megatron_ext.config.yaml_text import dump
+from megatron_ext.data.corpora import tokenizer_path
+from megatron_ext.errors import UserError
+
+# Fine-tuning as in the paper (arXiv 2405.14591, Table 4), for the config that an import writes.
+_FINE_TUNING: dict[str, dict[str, Any]] = {
+    "training": {"global_batch_size": 128, "micro_batch_size": 1, "steps": 1000},
+    "optimizer": {"lr": 2e-5, "weight_decay": 0.0},
+    "schedule": {"type": "constant"},
+}
+
+
+def check_installed() -> None:
+    """Raise UserError when the packages of the `hf` extra are missing."""
+    for package in ("transformers", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"this needs the package {package}: pip install 'megatron-ext[hf]'")
+
+
+def export_hf(
+    source: Path, output: Path, lengths: Sequence[int] = (), vocab_size: int | None = None
+) -> dict[str, Any]:
+    """Write a checkpoint (of a run: the newest) as a folder that transformers loads.
+
+    `lengths`: tokens of the sequences that the proof compares; default half, once and twice the
+    trained context. `vocab_size`: rows of the embedding to keep; default all. Returns the proof,
+    which lies in the folder as proof.json. Raises UserError, and RuntimeError when the logits
+    differ.
+    """
+    check_installed()
+    run_dir, checkpoint = manifest.find_run(source)
+    config = load_config(run_dir / "config.yaml")
+    rows = _rows_to_keep(config, vocab_size)
+    config_to_hf(config, rows, "float32")  # refuses before torch is imported
+    for problem in manifest.verify(checkpoint):
+        raise UserError(f"{checkpoint} is damaged: {problem}")
+    with _whole_or_nothing(output) as folder:
+        from megatron_ext.checkpoint import hf_weights, proof
+
+        weights = hf_weights.CheckpointWeights(checkpoint)
+        dtype = str(weights.dtype()).removeprefix("torch.")
+        tokenizer = _export_tokenizer(config, folder)
+        ids = {key: tokenizer.get(key) for key in ("bos_token_id", "eos_token_id")}
+        hf = {**config_to_hf(config, rows, dtype), **ids}
+        manifest.write_json(folder / "config.json", hf)
+        manifest.write_json(folder / "generation_config.json", {**ids, "do_sample": False})
+        _write_weights(config, weights, rows, folder)
+        lengths = lengths or proof.default_lengths(config.training.sequence_length)
+        result = proof.prove(config, checkpoint, folder, lengths, rows)
+        result = {
+            **result,
+            "checkpoint": {"path": str(checkpoint), "step": manifest.step_of(checkpoint)},
+            "vocab_size": rows,
+            "tokenizer": tokenizer,
+        }
+        _demand_proof(result)
+        manifest.write_json(folder / "proof.json", result)
+    return result
+
+
+def import_hf(
+    folder: Path, output: Path, tensor: int = 1, pipeline: int = 1, lengths: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Write a Hugging Face folder as a run folder with a checkpoint of step 0 and a config.yaml.
+
+    The checkpoint is the same for every layout; `tensor` and `pipeline` go into the config, and a
+    vocabulary that `tensor` does not divide is filled up. Returns the proof, which lies there as
+    proof.json (`proved` is null for architectures that transformers does not know itself). Raises
+    UserError, and RuntimeError when the logits differ.
+    """
+    check_installed()
+    hf = read_hf_config(folder)
+    text, notes = imported_config(folder, output, hf, tensor, pipeline)
+    with _whole_or_nothing(output) as run_dir:
+        (run_dir / "config.yaml").write_text(text)
+        config = load_config(run_dir / "config.yaml")  # refuses before torch is imported
+        from megatron_ext.checkpoint import proof
+
+        dtype = _write_checkpoint(config, folder, hf, run_dir)
+        if architecture(hf) == "baichuan":
+            result: dict[str, Any] = {"proved": None, "lengths": []}
+            notes.append("not compared with transformers: Baichuan's own code is never run")
+        else:
+            lengths = lengths or proof.default_lengths(config.training.sequence_length)
+            checkpoint = manifest.checkpoint_dir(run_dir, 0)
+            result = proof.prove(config, checkpoint, folder, lengths, hf["vocab_size"])
+            _demand_proof(result)
+        result = {**result, "source": str(folder), "stored_dtype": dtype, "notes": notes}
+        manifest.write_json(run_dir / "proof.json", result)
+    return result
+
+
+def read_hf_config(folder: Path) -> HfConfig:
+    """Its config.json. Raises UserError."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"{folder} has no config.json: name the folder of a Hugging Face model"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is not JSON: {error}") from None
+
+
+def imported_config(
+    folder: Path, output: Path, hf: HfConfig, tensor: int, pipeline: int
+) -> tuple[str, list[str]]:
+    """YAML of a run that fine-tunes the folder's model from `output`, and remarks. Raises
+    UserError."""
+    sections, notes = config_from_hf(hf)
+    model = sections["model"]
+    missing = -model["vocab_size"] % tensor
+    if missing:
+        model["vocab_size"] += missing
+        notes.append(
+            f"vocabulary filled up by {missing} rows to {model['vocab_size']}, which "
+            f"--tensor {tensor} divides; export-hf --vocab-size {hf['vocab_size']} cuts them off"
+        )
+    tokenizer = next(
+        (folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).is_file()), None
+    )
+    dtype = hf.get("dtype") or hf.get("torch_dtype")
+    run = {
+        **sections,
+        "data": {"tokenizer": str(tokenizer.resolve())} if tokenizer else {},
+        "training": {
+            **sections["training"],
+            **_FINE_TUNING["training"],
+            "init_from": str(output),
+            "run_dir": f"{output}-finetuned",
+        },
+        "optimizer": _FINE_TUNING["optimizer"],
+        "schedule": _FINE_TUNING["schedule"],
+        "parallel": {"tensor": tensor, "pipeline": pipeline},
+        "precision": {"dtype": "fp32" if dtype == "float32" else "bf16"},
+    }
+    head = (
+        f"# Made by megatron-ext import-hf from {folder.name}: its model and RoPE,\n"
+        "# and the paper's fine-tuning (arXiv 2405.14591, Table 4). Add data.corpora, and set\n"
+        "# what the arm changes, such as rope.base and training.sequence_length.\n"
+    )
+    return head + dump(run), notes
+
+
+def _write_checkpoint(config: Config, folder: Path, hf: HfConfig, run_dir: Path) -> str:
+    """Build the model on this process, fill it, save it as step 0; returns the stored dtype."""
+    import torch
+
+    from megatron_ext.checkpoint import hf_weights, sharded
+    from megatron_ext.model.llama import build_gpt, transformer_config
+    from megatron_ext.world import world
+
+    weights = hf_weights.FolderWeights(folder)
+    source = weights.read(hf_weights.EMBEDDING[1]).dtype
+    # float16 has more digits than bfloat16: only float32 holds it whole.
+    stored = "bf16" if source == torch.bfloat16 else "fp32"
+    alone = in_layout(config, tensor=1, pipeline=1)
+    alone = alone.model_copy(
+        update={"precision": alone.precision.model_copy(update={"dtype": stored})}
+    )
+    with world(alone):
+        model = build_gpt(alone, transformer_config(alone))
+        hf_weights.fill(
+            model, hf_weights.Imported(alone.model, weights, norm_head=is_norm_head(hf))
+        )
+        record = {"config": config.model_dump(mode="json"), "data": {}}
+        sharded.save(run_dir, 0, [model], None, record)
+    return {"bf16": "bfloat16", "fp32": "float32"}[stored]
+
+
+def _write_weights(config: Config, weights: Any, rows: int, folder: Path) -> None:
+    """A file for the embedding, one for each layer, one for the last norm and the output layer."""
+    from safetensors.torch import save_file
+
+    from megatron_ext.checkpoint import hf_weights
+
+    model = config.model
+    files, total = model.num_layers + 2, 0
+    weight_map: dict[str, str] = {}
+    for number in range(files):
+        if number == 0:
+            ours, theirs = hf_weights.EMBEDDING
+            part = {theirs: weights.read(ours)[:rows]}
+        elif number <= model.num_layers:
+            part = dict(hf_weights.layer_to_hf(model, number - 1, weights.read))
+        else:
+            part = {hf_weights.FINAL_NORM[1]: weights.read(hf_weights.FINAL_NORM[0])}
+            if not model.tied_embeddings:
+                part[hf_weights.OUTPUT[1]] = weights.read(hf_weights.OUTPUT[0])[:rows]
+        name = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        # Own memory each: halves of one matrix would be written as one.
+        tensors = {key: tensor.contiguous().clone() for key, tensor in part.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o666 & ~_umask())  # safetensors writes for its owner alone
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    manifest.write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
+
+
+def _export_tokenizer(config: Config, folder: Path) -> dict[str, Any]:
+    from megatron_ext.checkpoint.hf_tokenizer import write_tokenizer
+
+    try:
+        source = tokenizer_path(config)
+    except UserError:  # a run on token files that came without receipts
+        return {"file": None}
+    return write_tokenizer(source, folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _rows_to_keep(config: Config, vocab_size: int | None) -> int:
+    rows = config.model.vocab_size
+    if vocab_size is not None and not 0 < vocab_size <= rows:
+        raise UserError(f"--vocab-size {vocab_size} is not within the model's {rows} rows")
+    return vocab_size or rows
+
+
+def _demand_proof(result: dict[str, Any]) -> None:
+    for entry in result["lengths"]:
+        if not entry["max_abs_difference"] <= entry["allowed"]:
+            raise RuntimeError(
+                f"not proved, so nothing was left: at {entry['length']} tokens logits differ by "
+                f"{entry['max_abs_difference']:.3g} from transformers', {entry['allowed']:.3g} "
+                f"would be rounding (greatest logit {entry['max_abs_logit']:.3g})"
+            )
+
+
+@contextmanager
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `output` at the end, and is removed when that fails."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is there already: name a folder that does not exist")
+    temporary = output.with_name(output.name + ".unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            manifest.sync(file)
+        if output.exists():
+            output.rmdir()
+        temporary.replace(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
