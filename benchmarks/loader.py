@@ -1,9 +1,10 @@
 """The loader beside megatron-core's own, in one run: index build, warm open, memory, samples/s.
 
-    python benchmarks/loader.py --documents 1e7 --gigabytes 2
+    python benchmarks/loader.py --documents 1e7 --corpora 7 --gigabytes 2
 
-Both read the same synthetic token files: log-normal documents of 1,000 tokens in the mean for the
-index (the .bin is sparse), and a .bin of real bytes for cold random reads. megatron-core's own is
+Both read the same synthetic token files: a blend of corpora with log-normal documents of 1,000
+tokens in the mean for the index (the .bin is sparse), and a .bin of real bytes for cold random
+reads. megatron-core's own is
 its builder and memory map as they come; ours publishes the index by a rename, names it after the
 data, and switches the kernel's read-ahead off. Each figure comes from a process of its own, the two
 in turn; peak memory includes torch.
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,10 +35,14 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        prefix = Path(folder) / "corpus"
-        write_index_of(prefix, int(float(options.documents)))
+        documents = int(float(options.documents))
+        for number in range(options.corpora):
+            write_sparse(Path(folder) / f"blend_{number}", documents // options.corpora, number)
         write_tokens(Path(folder) / "cold", int(options.gigabytes * 2**30))
-        print(f"{float(options.documents):,.0f} documents, sequence length {SEQUENCE_LENGTH:,}")
+        print(
+            f"{documents:,} documents in {options.corpora} corpora, "
+            f"sequence length {SEQUENCE_LENGTH:,}"
+        )
         print(f"{'':38}{'megatron-core':>15}{'ours':>12}{'ratio':>9}")
         rows = [
             ("first", "build_s", "index build, s", 3),
@@ -64,24 +70,25 @@ def run(options: argparse.Namespace, folder: str, kind: str, who: str) -> dict[s
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """One figure, in this process."""
-    if options.measure == "cold":
-        return cold_reads(Path(options.folder) / "cold", ours=options.who == "ours")
+    """The figures of one kind, in this process."""
     from megatron_ext.config import load_config
     from megatron_ext.data import blend
     from megatron_ext.world import world
 
     folder = Path(options.folder)
+    files = sorted(folder.glob("cold.idx" if options.measure == "cold" else "blend_*.idx"))
+    prefixes = [file.with_suffix("") for file in files]
+    tokens = sum(int(np.load(f"{prefix}.npy")) for prefix in prefixes)
+    corpora = ", ".join(f"{prefix.name}: {{path: {prefix}}}" for prefix in prefixes)
     config_file = folder / "config.yaml"
-    tokens = int(np.load(folder / "tokens.npy"))
     config_file.write_text(
         f"""\
 model: {{num_layers: 1, hidden_size: 8, ffn_hidden_size: 8, num_heads: 1, vocab_size: 65536}}
 rope: {{base: 1e6, bound: "off"}}
-data: {{corpora: {{a: {{path: {folder / "corpus"}}}}}, cache_dir: {folder / options.who}}}
+data: {{corpora: {{{corpora}}}, cache_dir: {folder / options.who}}}
 training:
   {{sequence_length: {SEQUENCE_LENGTH}, global_batch_size: 8, micro_batch_size: 8,
-    steps: {int(tokens * 0.98) // SEQUENCE_LENGTH // 8}}}
+    steps: {int(tokens * 0.9) // SEQUENCE_LENGTH // 8}}}
 optimizer: {{lr: 1}}
 precision: {{dtype: fp32}}
 """
@@ -98,32 +105,33 @@ precision: {{dtype: fp32}}
         started = time.perf_counter()
         train, _ = build(config)
         build_s = time.perf_counter() - started
-        order = np.random.default_rng(0).integers(0, len(train), 3000)
-        for number in order:
-            train[int(number)]
-        started = time.perf_counter()
-        for number in order:
-            train[int(number)]
-        rate = len(order) / (time.perf_counter() - started)
+        if options.measure == "cold":
+            return cold_reads(train, f"{prefixes[0]}.bin")
+        rate = samples_per_s(train)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return {"build_s": build_s, "samples_per_s": rate, "peak_gb": peak}
 
 
-def cold_reads(prefix: Path, ours: bool, count: int = 2000) -> dict[str, float]:
-    """Random samples of a file that is not in the page cache."""
-    import mmap
+def samples_per_s(dataset: Any, count: int = 3000) -> float:
+    """Random samples that lie in the page cache."""
+    order = np.random.default_rng(0).integers(0, len(dataset), count)
+    for number in order:
+        dataset[int(number)]
+    started = time.perf_counter()
+    for number in order:
+        dataset[int(number)]
+    return count / (time.perf_counter() - started)
 
-    path = f"{prefix}.bin"
-    with open(path, "rb") as stream:
+
+def cold_reads(dataset: Any, bin_file: str, count: int = 2000) -> dict[str, float]:
+    """Random samples of a file that is not in the page cache."""
+    with open(bin_file, "rb") as stream:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    tokens = np.memmap(path, np.uint16, mode="r")
-    if ours:
-        tokens._mmap.madvise(mmap.MADV_RANDOM)
-    starts = np.random.default_rng(1).integers(0, len(tokens) - SEQUENCE_LENGTH, count)
+    order = np.random.default_rng(1).integers(0, len(dataset), count)
     before = disk_bytes()
     started = time.perf_counter()
-    for start in starts:
-        int(tokens[start : start + SEQUENCE_LENGTH].sum(dtype=np.int64))
+    for number in order:
+        dataset[int(number)]
     seconds = time.perf_counter() - started
     return {"reads_per_s": count / seconds, "read_mb": (disk_bytes() - before) / 1e6}
 
@@ -136,24 +144,33 @@ def disk_bytes() -> int:
     return 0
 
 
-def write_index_of(prefix: Path, documents: int) -> None:
+def write_index_of(prefix: Path, lengths: np.ndarray) -> None:
+    """The .idx of documents of these lengths, in tokens, and their sum in PREFIX.npy."""
     from data_tools.indexed import write_index
 
-    lengths = np.random.default_rng(0).lognormal(np.log(1000) - 0.5, 1.0, documents)
-    lengths = np.maximum(lengths, 1).astype(np.int32)
     with open(f"{prefix}.idx", "wb") as stream:
         write_index(stream, np.uint16, lengths)
+    np.save(f"{prefix}.npy", lengths.sum(dtype=np.int64))
+
+
+def write_sparse(prefix: Path, documents: int, seed: int) -> None:
+    """Many documents whose tokens are holes in the file: only the index costs."""
+    lengths = np.random.default_rng(seed).lognormal(np.log(1000) - 0.5, 1.0, documents)
+    lengths = np.maximum(lengths, 1).astype(np.int32)
+    write_index_of(prefix, lengths)
     with open(f"{prefix}.bin", "wb") as stream:
         stream.truncate(2 * int(lengths.sum(dtype=np.int64)))
-    np.save(prefix.parent / "tokens.npy", lengths.sum(dtype=np.int64))
 
 
 def write_tokens(prefix: Path, size: int) -> None:
+    """`size` bytes of real tokens in documents of 1,024."""
     block = np.random.default_rng(0).integers(0, 65000, 1 << 23, dtype=np.uint16).tobytes()
+    blocks = max(1, size // len(block))
     with open(f"{prefix}.bin", "wb") as stream:
-        for _ in range(max(1, size // len(block))):
+        for _ in range(blocks):
             stream.write(block)
         os.fsync(stream.fileno())
+    write_index_of(prefix, np.full(blocks * len(block) // 2048, 1024, np.int32))
 
 
 def parse() -> argparse.Namespace:
@@ -161,6 +178,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--documents", default="1e7", help="documents of the synthetic corpus")
+    parser.add_argument("--corpora", type=int, default=7, help="corpora they are divided over")
     parser.add_argument("--gigabytes", type=float, default=2, help="size of the file read cold")
     parser.add_argument("--folder", default=None, help="where to put the files; default: /tmp")
     parser.add_argument("--measure", choices=["first", "warm", "cold"], help=argparse.SUPPRESS)

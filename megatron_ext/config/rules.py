@@ -17,8 +17,8 @@ from megatron_ext.rope.bound import BoundVerdict, judge
 from megatron_ext.rope.feasible import smallest_feasible_base
 from megatron_ext.rope.frequencies import NoScaling, RopeFrequencies, rope_frequencies
 
-# The search for the smallest feasible base takes 0.2 s at 4k tokens and grows with the length.
-_SEARCHED_LENGTH = 4096
+# The search for the smallest feasible base takes 0.2 s at 4k tokens and 2 s at 32k (head dim 128).
+_SEARCHED_LENGTH = 32768
 
 
 def validate(config: Config, world_size: int | None = None) -> list[str]:
@@ -228,10 +228,10 @@ def rope_frequencies_of(config: Config) -> RopeFrequencies:
 
 
 def smallest_base(config: Config, longest: int = _SEARCHED_LENGTH) -> float | None:
-    """The smallest base that supports the sequence length, for plain RoPE up to `longest` tokens;
-    else None. The default takes no second, 131,072 tokens take some."""
+    """The smallest base of plain RoPE that supports the sequence length, whatever rope.scaling is;
+    None beyond `longest` tokens. 131,072 tokens take 10 s and more."""
     length = config.training.sequence_length
-    if length > longest or not isinstance(config.rope.scaling, NoScaling):
+    if length > longest:
         return None
     return smallest_feasible_base(length, config.model.head_dim, config.rope.rotary_fraction)
 
@@ -250,21 +250,25 @@ def divisors(number: int) -> list[int]:
 
 
 def _way_out(config: Config) -> str:
-    """The base to write instead; searched only where that is quick, and only for plain RoPE."""
+    """The base to write instead; searched only where that takes seconds."""
     length, head_dim = config.training.sequence_length, config.model.head_dim
+    plain = isinstance(config.rope.scaling, NoScaling)
     base = smallest_base(config)
     if base is not None:
-        return f"the smallest base that does is {_short(config, base)!r}"
+        without = "" if plain else "without rope.scaling "
+        return f"{without}the smallest base that does is {_short(config, base)!r}"
     return f"`megatron-ext bound --context {length} --head-dim {head_dim}` names bases that do"
 
 
 def _short(config: Config, base: float) -> float:
-    """A feasible base rounded up to few digits; rounding far could leave its feasible island."""
+    """A base that plain RoPE supports rounded up to few digits; rounding far could leave its
+    feasible island."""
+    model, length = config.model, config.training.sequence_length
     for digits in range(5, 16):
         unit = 10.0 ** (math.floor(math.log10(base)) + 1 - digits)
         rounded = float(f"{math.ceil(base / unit) * unit:.{digits}g}")
-        trial = config.model_copy(update={"rope": config.rope.model_copy(update={"base": rounded})})
-        if rounded >= base and rope_verdict(trial).feasible:
+        plain = rope_frequencies(rounded, model.head_dim, None, config.rope.rotary_fraction)
+        if rounded >= base and judge(plain.all_inv_freq, length).feasible:
             return rounded
     return base
 

@@ -34,7 +34,7 @@ class BoundReport:
     usable_context: int | None
     """Tokens up to which B_m >= 0; null when that is beyond a million."""
     smallest_feasible_base: float | None
-    """For plain RoPE up to 4096 tokens, where it is found at once; else null."""
+    """Of plain RoPE, up to 131,072 tokens; beyond, null: the search would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,8 @@ def _bound_text(bound: BoundReport) -> str:
         f"{bound.min_b:.2f} of {bound.head_dim // 2}; usable context {usable} tokens"
     )
     if bound.smallest_feasible_base is not None:
-        text += f"; this length needs a base of at least {bound.smallest_feasible_base:,.1f}"
+        plain = "; " if bound.rule == "none" else "; without scaling "
+        text += f"{plain}this length needs a base of at least {bound.smallest_feasible_base:,.1f}"
     return text
 
 
