@@ -55,11 +55,12 @@ def world(config: Config, report: Callable[[Exception], None] = _print) -> Itera
     any other exception ends this one with exit code 1, after `report` has told of it.
     """
     rank, size, local_rank = launched_as()
-    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    model_ranks = config.parallel.model_ranks
     if size % model_ranks:
+        parallel = config.parallel
         raise UserError(
-            f"{size} processes were started, but parallel.tensor={config.parallel.tensor} x "
-            f"parallel.pipeline={config.parallel.pipeline} needs a multiple of {model_ranks}: "
+            f"{size} processes were started, but parallel.tensor={parallel.tensor} x pipeline="
+            f"{parallel.pipeline} x context={parallel.context} needs a multiple of {model_ranks}: "
             f"start e.g. torchrun --nproc-per-node {model_ranks} pretrain.py ..."
         )
     cpu.prepare()
@@ -79,12 +80,7 @@ def world(config: Config, report: Callable[[Exception], None] = _print) -> Itera
             timeout=datetime.timedelta(seconds=config.faults.hang_timeout_s),
             device_id=device if device.type == "cuda" else None,
         )
-        parallel_state.initialize_model_parallel(
-            config.parallel.tensor,
-            config.parallel.pipeline,
-            # Gloo groups beside NCCL's serve old checkpoint formats, which are not used.
-            create_gloo_process_groups=False,
-        )
+        build_groups(config)
         _seed(config.training.seed)
         yield World(rank, size, local_rank, device)
     except Exception as error:
@@ -100,6 +96,20 @@ def world(config: Config, report: Callable[[Exception], None] = _print) -> Itera
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def build_groups(config: Config) -> None:
+    """Megatron-Core's process groups for the layout, over the processes that have met."""
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        # Megatron-Core knows virtual stages by their number being set, also when it is one.
+        parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        # Gloo groups beside NCCL's serve old checkpoint formats, which are not used.
+        create_gloo_process_groups=False,
+    )
 
 
 def _set_rendezvous() -> None:

@@ -64,14 +64,16 @@ logging: {{interval: 1}}
     return file
 
 
-def launch(*arguments: object, processes: int = 1) -> list[str]:
+def launch(
+    *arguments: object, processes: int = 1, script: Path = ROOT / "pretrain.py"
+) -> list[str]:
     """The command line of `pretrain.py` under plain python or, for several processes, torchrun."""
-    script = [str(ROOT / "pretrain.py"), *map(str, arguments)]
+    words = [str(script), *map(str, arguments)]
     if processes == 1:
-        return [sys.executable, *script]
+        return [sys.executable, *words]
     runner = [sys.executable, "-m", "torch.distributed.run"]
     address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    return [*runner, "--nproc-per-node", str(processes), *address, *script]
+    return [*runner, "--nproc-per-node", str(processes), *address, *words]
 
 
 def environment() -> dict[str, str]:

@@ -5,7 +5,7 @@
 Refuses (ConfigError) a layout that does not divide the model. Needs no torch.
 """
 
-from megatron_ext.config.rules import check_tensor
+from megatron_ext.config.rules import check_pipeline, check_tensor
 from megatron_ext.config.schema import Config
 
 
@@ -15,9 +15,14 @@ def in_layout(config: Config, tensor: int, pipeline: int) -> Config:
         "world_size": tensor * pipeline,
         "tensor": tensor,
         "pipeline": pipeline,
+        "virtual_pipeline": 1,
+        "first_stage_layers": None,
+        "last_stage_layers": None,
+        "context": 1,
         # Saves memory only in training, and wants lengths that the ranks divide.
         "sequence": False,
     }
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=layout)})
     check_tensor(config)
+    check_pipeline(config)
     return config

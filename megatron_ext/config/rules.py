@@ -25,6 +25,8 @@ def validate(config: Config, world_size: int | None = None) -> list[str]:
     """Check every rule for `world_size` ranks (default: parallel.world_size); returns warnings."""
     check_heads(config)
     check_tensor(config)
+    check_pipeline(config)
+    check_context(config)
     check_layout(config, config.parallel.world_size if world_size is None else world_size)
     check_schedule(config)
     check_precision(config)
@@ -72,8 +74,8 @@ def check_heads(config: Config) -> None:
 
 
 def check_tensor(config: Config) -> None:
-    """Every matrix splits evenly over the tensor-parallel ranks, layers over the stages."""
-    model, parallel, length = config.model, config.parallel, config.training.sequence_length
+    """Every matrix splits evenly over the tensor-parallel ranks."""
+    model, parallel = config.model, config.parallel
 
     def fits(size: int) -> bool:
         # Megatron-Core 0.16.1 also lets ranks share a KV head (transformer_config.py:940).
@@ -95,36 +97,88 @@ def check_tensor(config: Config) -> None:
             f"model.num_kv_heads={model.num_kv_heads}: "
             f"{_choose(filter(fits, divisors(model.num_heads)), parallel.tensor)}"
         )
-    if model.num_layers % parallel.pipeline:
-        raise ConfigError(
-            f"parallel.pipeline={parallel.pipeline} does not divide model.num_layers="
-            f"{model.num_layers}: {_choose(divisors(model.num_layers), parallel.pipeline)}"
-        )
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError(
             "parallel.sequence=true splits activations over tensor-parallel ranks, but "
             "parallel.tensor=1: raise it, or set parallel.sequence=false"
         )
-    if parallel.sequence and length % parallel.tensor:
+
+
+def check_pipeline(config: Config) -> None:
+    """Layers split over the stages, and those of a stage over its chunks."""
+    parallel, layers = config.parallel, config.model.num_layers
+    if parallel.pipeline == 1:
+        for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
+            if getattr(parallel, name) not in (1, None):
+                raise ConfigError(
+                    f"parallel.{name}={getattr(parallel, name)} divides pipeline stages, but "
+                    "parallel.pipeline=1: raise it, or leave the setting out"
+                )
+        return
+    ends = {
+        name: getattr(parallel, name)
+        for name in ("first_stage_layers", "last_stage_layers")
+        if getattr(parallel, name) is not None
+    }
+    if not ends and layers % parallel.pipeline:
         raise ConfigError(
-            f"parallel.tensor={parallel.tensor} does not divide training.sequence_length={length}, "
+            f"parallel.pipeline={parallel.pipeline} does not divide model.num_layers={layers}: "
+            f"{_choose(divisors(layers), parallel.pipeline)}, or set parallel.first_stage_layers "
+            "or last_stage_layers"
+        )
+    stages = parallel.stage_layers(layers)
+    if sum(stages) != layers or min(stages) < 1:
+        said = " and ".join(f"parallel.{name}={number}" for name, number in ends.items())
+        others = parallel.pipeline - len(ends)
+        raise ConfigError(
+            f"{said} of model.num_layers={layers} leave {layers - sum(ends.values())} layers for "
+            f"{others} other stage{'s' * (others != 1)}: the rest must be a multiple of them"
+            + (", at least one layer each" if others else ", thus none")
+        )
+    chunks = parallel.virtual_pipeline
+    if any(number % chunks for number in stages):
+        raise ConfigError(
+            f"parallel.virtual_pipeline={chunks} does not divide the layers of every stage, "
+            f"{' + '.join(map(str, stages))}: "
+            f"{_choose(divisors(math.gcd(*stages)), chunks)}, or change parallel.pipeline"
+        )
+
+
+def check_context(config: Config) -> None:
+    """A sequence splits into two chunks for each context-parallel rank, and each rank's part over
+    the tensor-parallel ranks with sequence parallelism."""
+    parallel, length = config.parallel, config.training.sequence_length
+    if parallel.context > 1 and length % (2 * parallel.context):
+        raise ConfigError(
+            f"parallel.context={parallel.context} splits a sequence into {2 * parallel.context} "
+            f"chunks, which do not divide training.sequence_length={length}: choose "
+            f"{_next_multiple(length, 2 * parallel.context)} tokens"
+        )
+    if parallel.sequence and length // parallel.context % parallel.tensor:
+        ranks = f"parallel.tensor={parallel.tensor}"
+        if parallel.context > 1:
+            ranks += f" x parallel.context={parallel.context}"
+        raise ConfigError(
+            f"{ranks} does not divide training.sequence_length={length}, "
             "which parallel.sequence=true splits: choose "
-            f"{_next_multiple(length, parallel.tensor)} tokens"
+            f"{_next_multiple(length, parallel.tensor * 2 * parallel.context)} tokens"
         )
 
 
 def check_layout(config: Config, world_size: int) -> None:
-    """Ranks and batch divide: world = tensor x pipeline x data, batch = micro-batch x data x n."""
+    """Ranks and batch divide: world = tensor x pipeline x context x data, batch = micro-batch x
+    data x n, with virtual stages n = pipeline x m."""
     parallel, training = config.parallel, config.training
     if world_size < 1:
         raise ConfigError(f"a world of {world_size} ranks cannot train: choose 1 or more")
-    ranks = parallel.tensor * parallel.pipeline
+    ranks = parallel.model_ranks
     if world_size % ranks:
+        context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
         raise ConfigError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} = {ranks} "
-            f"does not divide the world size {world_size}: start "
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context} = "
+            f"{ranks} does not divide the world size {world_size}: start "
             f"{_next_multiple(world_size, ranks)} processes (parallel.world_size), or lower one "
-            "of the two"
+            "of them"
         )
     data_parallel = world_size // ranks
     at_once = training.micro_batch_size * data_parallel
@@ -134,6 +188,15 @@ def check_layout(config: Config, world_size: int) -> None:
             f"training.micro_batch_size={training.micro_batch_size} x {data_parallel} "
             f"data-parallel ranks = {at_once}: choose "
             f"{_next_multiple(training.global_batch_size, at_once)}"
+        )
+    # Megatron-Core 0.16.1 runs virtual stages in groups of that many (schedules.py:1007).
+    group = at_once * parallel.pipeline
+    if parallel.virtual_pipeline > 1 and training.global_batch_size % group:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs micro-batches in groups "
+            f"of parallel.pipeline={parallel.pipeline}, but training.global_batch_size="
+            f"{training.global_batch_size} is no multiple of {parallel.pipeline} x {at_once}: "
+            f"choose {_next_multiple(training.global_batch_size, group)}"
         )
 
 

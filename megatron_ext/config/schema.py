@@ -239,11 +239,22 @@ class Parallel(Section):
     """Tensor-parallel size: each matrix is split over so many ranks, best within one node."""
     pipeline: int = setting(1, gt=0, unit="stages")
     """Pipeline-parallel size: layers are split over so many stages."""
+    virtual_pipeline: int = setting(1, gt=0, unit="chunks")
+    """Model chunks a stage (interleaved 1F1B, Narayanan et al. 2021, section 2.2): a smaller bubble
+    for more messages. A step's micro-batches must be a multiple of parallel.pipeline."""
+    first_stage_layers: int | None = setting(None, gt=0, unit="layers")
+    """Layers of the first stage, which also has the embedding; unset: an even share."""
+    last_stage_layers: int | None = setting(None, gt=0, unit="layers")
+    """Layers of the last stage, which also has the output projection; unset: an even share. Stages
+    whose number is not said share the other layers evenly."""
+    context: int = setting(1, gt=0, unit="ranks")
+    """Context-parallel size: each sequence is split over so many ranks, two mirrored chunks each so
+    that the causal mask gives all the same work; keys and values are gathered in every layer."""
     world_size: int = setting(
         gt=0,
         unit="ranks",
-        unset="tensor x pipeline",
-        derive=lambda parallel: parallel["tensor"] * parallel["pipeline"],
+        unset="tensor x pipeline x context",
+        derive=lambda parallel: parallel["tensor"] * parallel["pipeline"] * parallel["context"],
     )
     """Ranks that the config is meant for, which `--check` judges. A run takes the number of
     processes that were started."""
@@ -251,7 +262,22 @@ class Parallel(Section):
     """Split the activations of norms and residuals along the sequence, over the tensor-parallel
     ranks (Korthikanti et al. 2022)."""
     distributed_optimizer: bool = setting(False)
-    """Split the optimizer's state over the data-parallel ranks."""
+    """Split the optimizer's state over the data- and context-parallel ranks."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that work on one sequence together: tensor x pipeline x context."""
+        return self.tensor * self.pipeline * self.context
+
+    def stage_layers(self, num_layers: int) -> list[int]:
+        """Layers of each pipeline stage, all its chunks together; what does not come out evenly is
+        refused by `rules.py` and rounded down here."""
+        layers = [self.first_stage_layers, *[None] * (self.pipeline - 2), self.last_stage_layers]
+        if self.pipeline == 1:
+            return [num_layers]
+        said = [number for number in layers if number is not None]
+        share = (num_layers - sum(said)) // max(1, self.pipeline - len(said))
+        return [share if number is None else number for number in layers]
 
 
 class Precision(Section):

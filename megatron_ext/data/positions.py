@@ -24,10 +24,14 @@ def per_document(tokens: torch.Tensor, eod: int) -> tuple[torch.Tensor, torch.Te
     return documents, steps - (steps * begins).cummax(-1).values
 
 
-def attention_mask(documents: torch.Tensor) -> torch.Tensor:
-    """What a token may not look at, as Megatron-Core has it: bool [batch, 1, sequence, sequence],
-    true where the key is later than the query or in another document."""
-    length = documents.shape[-1]
-    later = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
-    other = documents[:, :, None] != documents[:, None, :]
+def attention_mask(documents: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """What a token may not look at, as Megatron-Core has it: bool [batch, 1, rows, sequence], true
+    where the key is later than the query or in another document.
+
+    documents [batch, sequence]; rows: the places of the queries, None for all of them.
+    """
+    places = torch.arange(documents.shape[-1], device=documents.device)
+    rows = places if rows is None else rows
+    later = places > rows[:, None]
+    other = documents[:, rows, None] != documents[:, None, :]
     return (later | other)[:, None]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -33,6 +34,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_ext.errors import UserError
+from megatron_ext.model.context import attend
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class SdpaAttention(MegatronModule):
 
     Queries [sequence, batch, heads, head_dim], keys and values [sequence, batch, kv_heads,
     head_dim]; output [sequence, batch, heads * head_dim], all in the model's dtype. A mask is bool
-    [batch, 1, sequence, sequence], true where a key is hidden from a query.
+    [batch, 1, sequence, sequence], true where a key is hidden from a query. With context
+    parallelism `sequence` is this rank's part of it, but a mask has the keys of all.
     """
 
     def __init__(
@@ -101,9 +104,12 @@ class SdpaAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if attn_mask_type != AttnMaskType.causal or config.context_parallel_size != 1:
-            raise ValueError("SdpaAttention is causal and knows no context parallelism")
+        if attn_mask_type != AttnMaskType.causal:
+            raise ValueError(f"SdpaAttention is causal, not {attn_mask_type}")
         self.softmax_scale = softmax_scale
+        self.context_group = None
+        if config.context_parallel_size > 1:
+            self.context_group = parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -115,6 +121,11 @@ class SdpaAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
+        if self.context_group is not None:
+            output = attend(
+                query, key, value, attention_mask, self.context_group, self.softmax_scale
+            )
+            return output.permute(2, 0, 1, 3).flatten(2).contiguous()
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         output = F.scaled_dot_product_attention(
             query,
@@ -130,10 +141,13 @@ class SdpaAttention(MegatronModule):
 
 
 def block_spec(
-    backend: Backend, config: TransformerConfig, self_attention: type
+    backend: Backend,
+    config: TransformerConfig,
+    self_attention: type,
+    chunk: int | None = None,
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """The transformer layers and last norm of this pipeline stage, with `self_attention` as the
-    attention module.
+    """The transformer layers and last norm of this pipeline stage, or of one of its chunks, with
+    `self_attention` as the attention module.
 
     Checkpoint keys are those of Transformer Engine's fused layers in both cases.
     """
@@ -170,5 +184,5 @@ def block_spec(
         ),
     )
     # The last norm is named here: left to itself, Megatron-Core takes apex's or torch's.
-    layers = get_num_layers_to_build(config)
+    layers = get_num_layers_to_build(config, chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -1,6 +1,7 @@
 """Config to a Llama: Megatron-Core's GPTModel from a TransformerConfig and a layer spec.
 
-    model = build_model(config)             # this rank's part, in a list of one chunk
+    model = build_model(config)             # this rank's part, in a list of its chunks: one, or
+                                            # with parallel.virtual_pipeline so many
     losses = model[0](tokens, position_ids, attention_mask=None, labels=labels)
 
 Needs the process groups of `megatron_ext.world`.
@@ -32,9 +33,18 @@ def build_model(config: Config) -> list[DistributedDataParallel]:
     """This rank's stage and shard with its initial weights, inside Megatron-Core's gradient
     reduction (DistributedDataParallel)."""
     transformer = transformer_config(config)
-    model = build_gpt(config, transformer)
-    initialize_weights(model, config)
-    return [reduce_gradients(config, transformer, model)]
+    chunks = build_chunks(config, transformer)
+    for chunk in chunks:
+        initialize_weights(chunk, config)
+    return [reduce_gradients(config, transformer, chunk) for chunk in chunks]
+
+
+def build_chunks(config: Config, transformer: TransformerConfig) -> list[GPTModel]:
+    """The bare model chunks of this rank's pipeline stage."""
+    count = config.parallel.virtual_pipeline
+    if count == 1:
+        return [build_gpt(config, transformer)]
+    return [build_gpt(config, transformer, chunk) for chunk in range(count)]
 
 
 def reduce_gradients(
@@ -53,30 +63,32 @@ def reduce_gradients(
     )
 
 
-def build_gpt(config: Config, transformer: TransformerConfig) -> GPTModel:
-    """The bare model of this rank, weights not yet drawn.
+def build_gpt(config: Config, transformer: TransformerConfig, chunk: int | None = None) -> GPTModel:
+    """The bare model of this rank, or one of its virtual chunks, weights not yet drawn.
 
-    Input tokens [batch, sequence] int64 and position_ids likewise, or None for 0, 1, 2, ..; output
-    losses [batch, sequence] float32 when labels are given, else this rank's logits
-    [batch, sequence, vocab_size / tensor].
+    Input tokens [batch, sequence / context] int64 and position_ids likewise, or None for 0, 1, 2,
+    ..; output losses of that shape in float32 when labels are given, else this rank's logits
+    [batch, sequence / context, vocab_size / tensor].
     """
     backend = choose_backend(config.kernels.backend, config.data.mask_documents)
     log.info("kernels: %s", backend.reason)
     model = RotaryGPTModel(
         transformer,
-        block_spec(backend, transformer, RotarySelfAttention),
+        block_spec(backend, transformer, RotarySelfAttention, chunk),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.training.sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
         share_embeddings_and_output_weights=config.model.tied_embeddings,
         position_embedding_type="none",
+        vp_stage=chunk,
     )
     rotary = RotaryEmbedding(
         base=config.rope.base,
         head_dim=config.model.head_dim,
         scaling=config.rope.scaling,
         rotary_fraction=config.rope.rotary_fraction,
+        cp_group=parallel_state.get_context_parallel_group(),
     )
     install_rotary(model, rotary)
     return model.to(device=torch.cuda.current_device(), dtype=transformer.params_dtype)
@@ -88,6 +100,11 @@ def transformer_config(config: Config) -> TransformerConfig:
     gpu = torch.cuda.is_available()
     bf16 = config.precision.dtype == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
+    last_stage_layers = parallel.last_stage_layers
+    if parallel.pipeline == 2 and parallel.first_stage_layers is not None:
+        # It follows; said as well, Megatron-Core 0.16.1 divides by the number of stages between
+        # them, which is 0 (transformer_layer.py:137).
+        last_stage_layers = None
 
     def leave(weight: torch.Tensor) -> None:
         """Weights are drawn by initialization.py; Megatron-Core only marks how they are split."""
@@ -111,6 +128,12 @@ def transformer_config(config: Config) -> TransformerConfig:
         output_layer_init_method=leave,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline
+        if parallel.virtual_pipeline > 1
+        else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=last_stage_layers,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,

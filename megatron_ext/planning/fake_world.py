@@ -22,8 +22,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_ext import cpu
 from megatron_ext.config import Config
-from megatron_ext.model.llama import build_gpt, reduce_gradients, transformer_config
+from megatron_ext.model.llama import build_chunks, reduce_gradients, transformer_config
 from megatron_ext.training.optimizer import build_optimizer
+from megatron_ext.world import build_groups
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,20 @@ def build(config: Config, world_size: int, rank: int) -> Rank:
     """One rank of the world, torn down again."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        parallel_state.initialize_model_parallel(
-            config.parallel.tensor, config.parallel.pipeline, create_gloo_process_groups=False
-        )
+        build_groups(config)
         tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
         transformer = transformer_config(config)
-        gpt = build_gpt(config, transformer)
-        model = reduce_gradients(config, transformer, gpt)
-        optimizer = build_optimizer([model], config)
-        weights = list(gpt.parameters())
-        buffers = [*model.buffers, *model.expert_parallel_buffers]
+        chunks = build_chunks(config, transformer)
+        model = [reduce_gradients(config, transformer, chunk) for chunk in chunks]
+        optimizer = build_optimizer(model, config)
+        weights = [weight for chunk in chunks for weight in chunk.parameters()]
+        buffers = [b for part in model for b in (*part.buffers, *part.expert_parallel_buffers)]
         return Rank(
             rank=rank,
             stage=parallel_state.get_pipeline_model_parallel_rank(),
             tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
             data_rank=parallel_state.get_data_parallel_rank(),
-            layers=len(gpt.decoder.layers),
+            layers=sum(len(chunk.decoder.layers) for chunk in chunks),
             parameters=sum(weight.numel() for weight in weights),
             of_the_model=sum(_of_the_model(weight, config) for weight in weights),
             weight_bytes=sum(map(_bytes, weights)),

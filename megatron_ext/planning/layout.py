@@ -6,7 +6,8 @@
 
 Tried are tensor and pipeline sizes that the rules of a config allow, micro-batches that divide the
 batch and recompute modes; sequence parallelism wherever there is tensor parallelism, as it costs
-nothing, and the sharded optimizer. Refuses (UserError) a batch that no layout divides.
+nothing, and the sharded optimizer; context parallelism stays as the config has it, and stages are
+even and not interleaved. Refuses (UserError) a batch that no layout divides.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.config import Config
-from megatron_ext.config.rules import check_layout, check_tensor, divisors
+from megatron_ext.config.rules import check_context, check_layout, check_tensor, divisors
 from megatron_ext.errors import ConfigError, UserError
 from megatron_ext.planning.memory import memory, peak_memory
 from megatron_ext.planning.prediction import constants
@@ -89,7 +90,11 @@ def _row(config: Config, gpus: int, gpu: str) -> dict[str, Any]:
         "seq_len": training.sequence_length,
         "tp": parallel.tensor,
         "pp": parallel.pipeline,
-        "dp": gpus // (parallel.tensor * parallel.pipeline),
+        "vpp_chunks": parallel.virtual_pipeline,
+        "cp": parallel.context,
+        "dp": gpus // parallel.model_ranks,
+        "first_layers": parallel.first_stage_layers or 0,
+        "last_layers": parallel.last_stage_layers or 0,
         "seq_parallel": int(parallel.sequence),
         "zero_stage": int(parallel.distributed_optimizer),
         "micro_batch": training.micro_batch_size,
@@ -137,9 +142,10 @@ def layouts(config: Config, gpus: int) -> Iterator[Config]:
     """Configs that differ in layout, micro-batch and recompute, and break no rule."""
     for tensor in divisors(GPUS_PER_NODE):
         for pipeline in divisors(config.model.num_layers):
-            if gpus % (tensor * pipeline):
+            ranks = tensor * pipeline * config.parallel.context
+            if gpus % ranks:
                 continue
-            share = config.training.global_batch_size * tensor * pipeline // gpus
+            share = config.training.global_batch_size * ranks // gpus
             for micro_batch in divisors(share) if share else []:
                 if micro_batch > _LARGEST_MICRO_BATCH:
                     break
@@ -154,6 +160,9 @@ def _with(config: Config, tensor: int, pipeline: int, micro_batch: int, recomput
         update={
             "tensor": tensor,
             "pipeline": pipeline,
+            "virtual_pipeline": 1,
+            "first_stage_layers": None,
+            "last_stage_layers": None,
             "sequence": tensor > 1,
             "distributed_optimizer": True,
         }
@@ -167,6 +176,7 @@ def _with(config: Config, tensor: int, pipeline: int, micro_batch: int, recomput
 def _is_allowed(config: Config, gpus: int) -> bool:
     try:
         check_tensor(config)
+        check_context(config)
         check_layout(config, gpus)
     except ConfigError:
         return False
@@ -213,6 +223,10 @@ def parallel_section(choice: Choice, gpus: int) -> str:
         f"  world_size: {gpus}\n"
         f"  tensor: {parallel.tensor}\n"
         f"  pipeline: {parallel.pipeline}\n"
+        "  virtual_pipeline: 1\n"
+        "  first_stage_layers: null\n"
+        "  last_stage_layers: null\n"
+        f"  context: {parallel.context}\n"
         f"  sequence: {yes(parallel.sequence)}\n"
         f"  distributed_optimizer: {yes(parallel.distributed_optimizer)}\n"
         "\ntraining:\n"

@@ -71,7 +71,7 @@ def memory(w: Workloads, stage: Column | int, c: MemoryConstants) -> Memory:
     grad_bytes = np.where(w.precision == "fp16", 2, 4)
     weights = 2 * params / sharded + np.where(w.zero_stage >= 3, 2 * 2 * per_layer, 0)
     gradients = grad_bytes * params / np.where(w.zero_stage >= 2, w.dp, 1)
-    optimizer = 12 * params / np.where(w.zero_stage >= 1, w.dp, 1)
+    optimizer = 12 * params / np.where(w.zero_stage >= 1, w.dp * w.cp, 1)
 
     tokens = w.micro_batch * w.seq_len / w.cp
     kept = kept_bytes(w) * tokens

@@ -112,6 +112,7 @@ def plan_of(config: Config, work: Workloads) -> Plan:
         layout={
             "tensor": int(work.tp[0]),
             "pipeline": int(work.pp[0]),
+            **_beyond_one(work),
             "data": int(work.dp[0]),
             "micro-batch": int(work.micro_batch[0]),
             "micro-batches": int(work.micro_batches[0]),
@@ -132,6 +133,12 @@ def plan_of(config: Config, work: Workloads) -> Plan:
         days_range=(days * fast, days * slow),
         gpu_hours=days * 24 * gpus,
     )
+
+
+def _beyond_one(work: Workloads) -> dict[str, int]:
+    """Kinds of parallelism that most layouts are without."""
+    sizes = {"virtual pipeline": int(work.vpp_chunks[0]), "context": int(work.cp[0])}
+    return {name: size for name, size in sizes.items() if size > 1}
 
 
 def flops_per_token(config: Config, attention_share: float = 1.0) -> float:

@@ -51,6 +51,8 @@ class Preflight:
     world_size: int
     tensor: int
     pipeline: int
+    virtual_pipeline: int
+    context: int
     data_parallel: int
     micro_batches: int
     """Micro-batches of one step on each rank."""
@@ -95,8 +97,11 @@ class Preflight:
             ),
             (
                 "layout",
-                f"{self.world_size} ranks = tensor {self.tensor} x pipeline {self.pipeline} x data "
-                f"{self.data_parallel}; {self.micro_batches} micro-batches on each a step",
+                f"{self.world_size} ranks = tensor {self.tensor} x pipeline {self.pipeline}"
+                + (f" ({self.virtual_pipeline} chunks each)" if self.virtual_pipeline > 1 else "")
+                + (f" x context {self.context}" if self.context > 1 else "")
+                + f" x data {self.data_parallel}; {self.micro_batches} micro-batches on each a "
+                "step",
             ),
             (
                 "checkpoints",
@@ -131,7 +136,7 @@ def preflight(config: Config, world_size: int) -> Preflight:
         warnings.append(f"training.init_from={source} does not exist yet: train it first")
     parameters = count_parameters(config.model)
     parallel, training = config.parallel, config.training
-    data_parallel = world_size // (parallel.tensor * parallel.pipeline)
+    data_parallel = world_size // parallel.model_ranks
     errors = corpus_errors(config)
     return Preflight(
         run_dir=str(training.run_dir),
@@ -143,6 +148,8 @@ def preflight(config: Config, world_size: int) -> Preflight:
         world_size=world_size,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
         data_parallel=data_parallel,
         micro_batches=training.global_batch_size // (training.micro_batch_size * data_parallel),
         checkpoint_bytes=parameters.total * checkpoint_bytes_per_parameter(config),

@@ -16,14 +16,17 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.planning.layout import workload
 from megatron_ext.planning.parameters import count_parameters
-from megatron_ext.planning.plan import Plan, flops_per_token, make_plan
+from megatron_ext.planning.plan import Plan, flops_per_token, make_plan, plan_of
 from megatron_ext.planning.preflight import checkpoint_bytes_per_parameter, checkpoints_kept
 from megatron_ext.planning.sources import GIB
 
@@ -116,7 +119,7 @@ def check_ranks(
 
 def distinct_ranks(config: Config, world_size: int) -> list[int]:
     """The first and the last rank of each pipeline stage (Megatron-Core's order of ranks: tensor
-    fastest, then data, then pipeline)."""
+    fastest, then context, data and pipeline)."""
     each = world_size // config.parallel.pipeline
     return sorted({r for s in range(0, world_size, each) for r in (s, s + each - 1)})
 
@@ -158,8 +161,6 @@ def _totals(config: Config, world_size: int, built: list[dict[str, Any]]) -> Lin
     total = sum(rank["of_the_model"] for rank in first.values())
     whole = count_parameters(config.model).total
     text = f"{len(built)} distinct of {world_size} built; they hold {total:,} parameters"
-    if config.parallel.tensor > config.model.num_kv_heads:
-        return Line(None, "ranks", f"{text}, some of them copies: ranks share KV heads")
     if total != whole:
         return Line(
             False, "ranks", f"{text}, but the model has {whole:,}: this is a mistake of ours"
@@ -169,9 +170,11 @@ def _totals(config: Config, world_size: int, built: list[dict[str, Any]]) -> Lin
 
 def _optimizer(config: Config, world_size: int, built: list[dict[str, Any]]) -> Line:
     size = max(rank["optimizer_bytes"] for rank in built)
-    data = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    if config.parallel.distributed_optimizer:
-        text = f"state over {data} data-parallel ranks, {size / GIB:.2f} GiB on the fullest"
+    parallel = config.parallel
+    data = world_size // (parallel.tensor * parallel.pipeline)  # and context
+    if parallel.distributed_optimizer:
+        of = "data- and context-parallel" if parallel.context > 1 else "data-parallel"
+        text = f"state over {data} {of} ranks, {size / GIB:.2f} GiB on the fullest"
         return Line(True, "optimizer", text)
     text = f"state on every rank, {size / GIB:.2f} GiB"
     if data > 1:
@@ -213,10 +216,11 @@ def _memory(plan: Plan, built: list[dict[str, Any]]) -> Line:
 
 
 def _balance(config: Config, plan: Plan) -> list[Line]:
-    parts, stages = plan.step_parts_s, plan.layout["pipeline"]
+    stages = config.parallel.pipeline
     if stages == 1:
         return []
-    layers = config.model.num_layers // stages
+    layers = config.parallel.stage_layers(config.model.num_layers)
+    parts = _with_even_stages(config, plan).step_parts_s
     apart = (
         "logits",
         "pipeline_bubble",
@@ -225,24 +229,33 @@ def _balance(config: Config, plan: Plan) -> list[Line]:
         "optimizer",
         "fixed",
     )
-    stage = sum(seconds for name, seconds in parts.items() if name not in apart)
-    # parts count the output projection, which one stage has, on top of a stage's own layers.
-    slowest = (stage + parts["logits"]) / (stage + parts["logits"] / stages)
-    text = (
-        f"{stages} stages of {layers} layers; the last, with the "
-        f"output projection, takes {slowest:.2f} x the mean"
-    )
+    of_all_layers = stages * sum(s for name, s in parts.items() if name not in apart)
+    seconds = [of_all_layers * number / config.model.num_layers for number in layers]
+    seconds[-1] += parts["logits"]  # the output projection
+    slowest = max(seconds) / (sum(seconds) / stages)
+    which = seconds.index(max(seconds))
+    name = "the last, with the output projection," if which == stages - 1 else f"stage {which}"
+    shown = f"{layers[0]}" if len(set(layers)) == 1 else " + ".join(map(str, layers))
+    text = f"{stages} stages of {shown} layers; {name} takes {slowest:.2f} x the mean"
     unbalanced = slowest > _UNBALANCED
     if unbalanced:
-        text += ": fewer stages (parallel.pipeline) would wait less for it"
+        text += ": fewer stages (parallel.pipeline), or another parallel.last_stage_layers, would "
+        text += "wait less for it"
     bubble = parts["pipeline_bubble"] / plan.step_time_s
     waits = f"{plan.layout['micro-batches']} micro-batches: the pipeline's bubble is {bubble:.0%}"
     if bubble > 0.2:
-        waits += "; lower parallel.pipeline or training.micro_batch_size"
+        waits += "; lower parallel.pipeline or training.micro_batch_size, or raise "
+        waits += "parallel.virtual_pipeline"
     return [
         Line(None if unbalanced else True, "balance", text),
         Line(None if bubble > 0.2 else True, "bubble", waits),
     ]
+
+
+def _with_even_stages(config: Config, plan: Plan) -> Plan:
+    work = workload(config, plan.gpus, plan.gpu)
+    none = np.zeros(len(work))
+    return plan_of(config, replace(work, first_layers=none, last_layers=none))
 
 
 def _disk(config: Config) -> Line:

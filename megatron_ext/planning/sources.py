@@ -66,9 +66,14 @@ def gathers_inputs(w: Workloads) -> Mask:
 
 
 def layers_of_stage(w: Workloads, stage: Column, layer_parameters: Column) -> Column:
-    """Transformer layers of a stage: an even share, but nanotron balances the stages by weights and
-    counts the output projection among them, so the first ones hold more."""
-    even = w.num_layers / w.pp
+    """Transformer layers of a stage: what is said of it, else an even share of the rest; but
+    nanotron balances the stages by weights and counts the output projection among them, so the
+    first ones hold more."""
+    first, last = np.where(w.pp > 1, w.first_layers, 0), np.where(w.pp > 1, w.last_layers, 0)
+    said = (first > 0) * 1.0 + (last > 0)
+    even = (w.num_layers - first - last) / np.maximum(1, w.pp - said)
+    even = np.where((stage == 0) & (first > 0), first, even)
+    even = np.where((stage == w.pp - 1) & (last > 0), last, even)
     head = w.vocab * w.hidden / layer_parameters
     most = np.minimum(np.ceil((w.num_layers + head) / w.pp), w.num_layers)
     rest = np.maximum(1.0, w.num_layers - most * (w.pp - 1))

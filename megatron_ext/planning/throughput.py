@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_ext.planning.memory import layer_parameters
 from megatron_ext.planning.sources import has_fused_kernels, network_gb_per_s
@@ -106,13 +107,13 @@ def step_time(w: Workloads, c: TimeConstants) -> StepTime:
     together = _join(alone, _gather_weights(w, c))
 
     tokens = w.micro_batch * w.seq_len / w.cp
-    micro_batches, layers = w.micro_batches, w.num_layers / w.pp
-    passes = micro_batches * layers
     head = _head(w, c, tokens)
-    stage = layers * together
+    layers, has_head = _slowest_stage(w, head / together)
+    micro_batches = w.micro_batches
+    passes = micro_batches * layers
     hop = _between_stages(w, c, tokens)
     params = layers * layer_parameters(w) / w.tp + w.vocab * w.hidden / w.tp
-    sharded = np.where(w.zero_stage > 0, w.dp, 1)
+    sharded = np.where(w.zero_stage > 0, w.dp * w.cp, 1)
     return StepTime(
         matmul=passes * 3 * layer.matmul,
         attention=passes * (layer.attention + backward_attention),
@@ -122,13 +123,26 @@ def step_time(w: Workloads, c: TimeConstants) -> StepTime:
         tensor_parallel=passes * 4 * layer.reduce,
         context_parallel=passes * 3 * layer.ring,
         sharded_weights=passes * (together - alone),
-        logits=micro_batches * head,
-        pipeline_bubble=(w.pp - 1) * stage / w.vpp_chunks,
+        logits=micro_batches * head * has_head,
+        pipeline_bubble=(w.num_layers - layers) * together / w.vpp_chunks,
         pipeline_transfer=2 * hop * (micro_batches * w.vpp_chunks + w.pp - 1),
         data_parallel=_reduce_gradients(w, c, params),
         optimizer=_OPTIMIZER_BYTES * params / sharded / _hbm(w),
         fixed=np.full(len(w), _STEP_S),
     )
+
+
+def _slowest_stage(w: Workloads, head: Column) -> tuple[Column, NDArray[np.bool_]]:
+    """Layers of the stage that the others wait for, and whether it is the last one, whose output
+    projection takes as long as `head` layers."""
+    pipelined, said = w.pp > 1, (w.first_layers > 0) * 1.0 + (w.last_layers > 0)
+    left = w.num_layers - w.first_layers - w.last_layers
+    share = np.where(pipelined & (w.pp == said), 0, left / np.maximum(1, w.pp - said))
+    even = w.num_layers / w.pp
+    last = np.where(pipelined & (said > 0), np.where(w.last_layers > 0, w.last_layers, share), even)
+    others = np.where(pipelined & (said > 0), np.maximum(w.first_layers, share), even)
+    has_head = last + head >= others
+    return np.where(has_head, last, others), has_head
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,10 @@ class Workloads:
     vpp_chunks: Column
     cp: Column
     dp: Column
+    first_layers: Column
+    """Layers of the first pipeline stage; 0 is an even share."""
+    last_layers: Column
+    """Layers of the last one."""
     seq_parallel: Column
     zero_stage: Column
     micro_batch: Column
@@ -120,10 +124,15 @@ COLUMNS = tuple(
 # What a row may leave empty, and what that means.
 DEFAULTS = {
     "source_id": "", "model": "", "framework": "", "mem_kind": "", "gated": 1,
-    "tied": 0, "tp": 1, "pp": 1, "vpp_chunks": 1, "cp": 1, "seq_parallel": 0, "zero_stage": 1,
+    "tied": 0, "tp": 1, "pp": 1, "vpp_chunks": 1, "cp": 1, "first_layers": 0,
+    "last_layers": 0, "seq_parallel": 0, "zero_stage": 1,
     "recompute": "none", "flash_attn": 1,
     "precision": "bf16",
 }  # fmt: skip
+
+_MAY_BE_ZERO = (
+    "gated", "tied", "seq_parallel", "zero_stage", "flash_attn", "first_layers", "last_layers",
+)  # fmt: skip
 
 
 def read_rows(path: Path, gpu_file: Path | None = None) -> Workloads:
@@ -220,7 +229,7 @@ def _number(value: Any, name: str, row: Mapping[str, Any]) -> float:
         number = float(value)
     except ValueError:
         number = float("nan")
-    least = 0 if name in ("gated", "tied", "seq_parallel", "zero_stage", "flash_attn") else 1
+    least = 0 if name in _MAY_BE_ZERO else 1
     if not number >= least or number == float("inf"):
         raise UserError(
             f"row {row.get('row_id', '?')}: {name}={value} is no number of at least {least}"

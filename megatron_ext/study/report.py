@@ -224,9 +224,11 @@ def _layout(run: Run) -> str:
     parallel, size = run.config.parallel, run.environment.get("world_size")
     if not size:
         return "—"
-    data = size // (parallel.tensor * parallel.pipeline)
+    data = size // parallel.model_ranks
     ranks = f"{size} ranks" if size > 1 else "1 rank"
-    return f"{ranks}: tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {data}"
+    context = f" × context {parallel.context}" if parallel.context > 1 else ""
+    model = f"tensor {parallel.tensor} × pipeline {parallel.pipeline}{context}"
+    return f"{ranks}: {model} × data {data}"
 
 
 def _revision(run: Run) -> str:

@@ -6,6 +6,7 @@
 `model` is the list of model chunks of this pipeline stage, as Megatron-Core's schedules want it.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ext.config import Config
 from megatron_ext.data.positions import attention_mask
+from megatron_ext.model.context import my_part
 
 Batch = dict[str, torch.Tensor]
 Batches = Iterator[Batch]
@@ -89,13 +91,16 @@ def forward_backward(
 ) -> list[dict[str, torch.Tensor]]:
     """All micro-batches of one global batch through this stage, in Megatron-Core's schedule for the
     layout. Returns, on the last stage, a {"loss": [sum, tokens]} for each micro-batch."""
-    data_parallel_size = parallel_state.get_data_parallel_world_size()
+    count = config.training.global_batch_size // (
+        config.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    )
+    # Every chunk of a stage takes the same micro-batches, each at its own time.
+    iterators = itertools.tee(itertools.islice(batches, count), len(model))
     return get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=batches if len(model) == 1 else [batches] * len(model),
+        data_iterator=list(iterators) if len(model) > 1 else iterators[0],
         model=model if len(model) > 1 else model[0],
-        num_microbatches=config.training.global_batch_size
-        // (config.training.micro_batch_size * data_parallel_size),
+        num_microbatches=count,
         seq_length=config.training.sequence_length,
         micro_batch_size=config.training.micro_batch_size,
         forward_only=forward_only,
@@ -124,12 +129,16 @@ def learning_rate(step: int, config: Config) -> float:
 def _forward_step(batches: Batches, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     device = torch.cuda.current_device()
     batch = {name: x.to(device, non_blocking=True) for name, x in next(batches).items()}
-    documents = batch.get("document_ids")
+    documents, mask = batch.pop("document_ids", None), None
+    if documents is not None:
+        rows = my_part(torch.arange(documents.shape[1], device=device), dim=0)
+        mask = attention_mask(documents, rows)
+    batch = {name: my_part(x, dim=1) for name, x in batch.items()}
     output = model(
         batch["tokens"],
         # Positions 0, 1, 2, .. need not be said: the rotary module keeps their table.
         position_ids=batch.get("position_ids"),
-        attention_mask=None if documents is None else attention_mask(documents),
+        attention_mask=mask,
         labels=batch["labels"],
     )
     return output, partial(_loss, batch["loss_mask"])

@@ -51,6 +51,27 @@ def test_a_valid_config_has_no_warnings() -> None:
         ({"parallel__tensor": 2, "model__ffn_hidden_size": 705}, "ffn_hidden_size=705: choose 1"),
         ({"parallel__tensor": 2, "model__vocab_size": 1537}, "vocab_size=1537: choose 1"),
         ({"parallel__pipeline": 3}, "pipeline=3 does not divide model.num_layers=4: choose 1, 2"),
+        ({"parallel__virtual_pipeline": 2}, "virtual_pipeline=2 divides pipeline stages, but"),
+        (
+            {"parallel__pipeline": 2, "parallel__virtual_pipeline": 4},
+            "virtual_pipeline=4 does not divide the layers of every stage, 2 + 2: choose 1 or 2",
+        ),
+        (
+            {"parallel__pipeline": 2, "parallel__first_stage_layers": 3,
+             "parallel__last_stage_layers": 3},
+            "first_stage_layers=3 and parallel.last_stage_layers=3 of model.num_layers=4 leave -2",
+        ),
+        (
+            {"parallel__pipeline": 3, "parallel__first_stage_layers": 1},
+            "leave 3 layers for 2 other stages: the rest must be a multiple",
+        ),
+        (
+            {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2,
+             "training__micro_batch_size": 8},
+            "no multiple of 2 x 8: choose 32",
+        ),
+        ({"parallel__context": 3}, "6 chunks, which do not divide training.sequence_length=256: "
+                                   "choose 258"),
         ({"parallel__sequence": True}, "parallel.tensor=1: raise it, or set parallel.sequence=fa"),
         (
             {"parallel__sequence": True, "parallel__tensor": 4, "training__sequence_length": 255},

@@ -64,3 +64,25 @@ def test_a_batch_script_of_another_size_is_an_error(tmp_path: Path) -> None:
 def test_two_thousand_ranks_need_two_of_each_stage() -> None:
     config = load_config(LLAMA_2B, [*SPLIT])
     assert distinct_ranks(config, 2048) == [0, 511, 512, 1023, 1024, 1535, 1536, 2047]
+
+
+def test_interleaved_uneven_stages_on_context_ranks_are_built_as_reckoned() -> None:
+    """Also where tensor-parallel ranks share KV heads: the model is whole, each stage holds the
+    layers that were said, and the planner's bytes are those of the built ranks."""
+    uneven = ["parallel.first_stage_layers=6", "parallel.last_stage_layers=10"]
+    more = ["parallel.virtual_pipeline=2", "parallel.context=2", *uneven]
+    shared = ["parallel.tensor=4", "model.num_kv_heads=2"]
+    config = load_config(LLAMA_2B, [*SPLIT, *more, *shared])
+    check = check_ranks(config, 128)
+    layers = {rank["stage"]: rank["layers"] for rank in check.ranks}
+    assert layers == {0: 6, 1: 8, 2: 8, 3: 10}
+    first = {rank["stage"]: rank["of_the_model"] for rank in check.ranks}
+    assert sum(first.values()) == count_parameters(config.model).total
+    stages = make_plan(config, 128, "a100-80gb").memory_gib
+    for rank in check.ranks:
+        for name, reckoned in (("weight", "weights"), ("optimizer", "optimizer")):
+            expected = stages[rank["stage"]][reckoned]
+            assert rank[f"{name}_bytes"] / GIB == pytest.approx(expected, rel=0.01)
+    shown = check.text()
+    assert "6 + 8 + 8 + 10 layers" in shown
+    assert "over 8 data- and context-parallel ranks" in shown
