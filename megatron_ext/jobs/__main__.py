@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_ext.config import load_config
 from megatron_ext.errors import UserError
 from megatron_ext.jobs import journal, outcome
-from megatron_ext.jobs.decision import MISTAKE, End, decide
+from megatron_ext.jobs.decision import decide
 
 REQUEUE = 75
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+        return 2
 
 
 def begin(options: argparse.Namespace) -> int:
@@ -47,18 +47,12 @@ def end(options: argparse.Namespace) -> int:
     """A job's life ends; says what comes next."""
     lives = journal.read(options.run_dir)
     now = lives.pop()
-    error = ""
-    if options.code and not options.bad_nodes:
-        error = outcome.first_error(Path(now.began["log"]), now.began["log_start"])
-    how = End(
-        code=options.code,
-        step=outcome.last_step(options.run_dir),
-        steps=now.began["steps"],
-        finished=outcome.finished(options.run_dir, now.began["steps"]),
-        reason=error,
-        signal=options.signal,
-        bad_nodes=tuple(filter(None, options.bad_nodes.split(","))),
-        nodes=now.began["nodes"],
+    how = outcome.end_of(
+        options.run_dir,
+        now,
+        options.code,
+        options.signal,
+        tuple(filter(None, options.bad_nodes.split(","))),
     )
     decision = decide(how, lives)
     journal.record(
@@ -66,8 +60,8 @@ def end(options: argparse.Namespace) -> int:
         "ended",
         code=how.code,
         step=how.step,
-        stopped=bool(how.signal) or how.code == 0,
-        error=error,
+        stopped=how.stopped,
+        error=how.error,
         action=decision.action,
         reason=decision.reason,
     )

@@ -1,6 +1,6 @@
 """What comes after a job's end: nothing, because the run is finished; the queue again; or a stop.
 
-    decision = decide(End(code=1, step=120, steps=1000, reason="..."), read(run_dir))
+    decision = decide(End(code=1, step=120, steps=1000, error="..."), read(run_dir))
     decision.action, decision.reason
 
 A run goes on by itself as long as it gets anywhere. It stops when the same thing ends it twice at
@@ -13,7 +13,6 @@ from typing import Literal
 
 from megatron_ext.jobs.journal import Life
 
-MISTAKE = 2  # exit code of pretrain.py for the user's mistake
 _ALL_BAD = 0.5  # when so large a share of nodes fails its check, the check's subject is not a node
 _FRUITLESS = 3  # signals in a row without a step between them
 
@@ -27,12 +26,13 @@ class End:
     step: int
     """Last step that the run's metrics tell of."""
     steps: int
-    finished: bool
-    """A checkpoint of the last step exists."""
-    reason: str = ""
-    """First error, one line."""
-    signal: str = ""
-    """That the batch script was sent, such as USR1."""
+    finished: bool = False
+    stopped: bool = False
+    """By a signal, for which the run saved a checkpoint if it had begun."""
+    hopeless: bool = False
+    """The run itself says that starting it again is no use: the user's mistake, or a verdict."""
+    error: str = ""
+    """The first one, one line."""
     bad_nodes: tuple[str, ...] = ()
     nodes: int = 1
 
@@ -55,11 +55,9 @@ def decide(end: End, lives: list[Life]) -> Decision:
                 "look at what they have in common, or set HEALTH_CHECK=no in slurm/site.env",
             )  # fmt: skip
         return Decision("requeue", f"without {names}, which failed the check of nodes")
-    if end.code == MISTAKE:
-        return Decision("stop", end.reason or "the command or the config is wrong")
-    if end.code == 0 or end.signal:
-        return _after_signal(end, lives)
-    return _after_failure(end, lives)
+    if end.hopeless:
+        return Decision("stop", end.error or "the command or the config is wrong")
+    return _after_signal(end, lives) if end.stopped else _after_failure(end, lives)
 
 
 def _after_signal(end: End, lives: list[Life]) -> Decision:
@@ -74,18 +72,17 @@ def _after_signal(end: End, lives: list[Life]) -> Decision:
             "stop", f"{same} starts in a row were stopped at step {end.step} before another step: "
             "give the job more time (--time), or a partition that preempts less",
         )  # fmt: skip
-    name = f"SIG{end.signal}" if end.signal else "a signal"
-    return Decision("requeue", f"stopped by {name} after step {end.step}")
+    return Decision("requeue", f"stopped by a signal after step {end.step}")
 
 
 def _after_failure(end: End, lives: list[Life]) -> Decision:
-    what = end.reason or f"exit code {end.code}"
+    what = end.error or f"exit code {end.code}"
     here = []
     for ended in reversed([life.ended for life in lives if life.ended]):
         if ended["stopped"] or ended["step"] != end.step:
             break
         here.append(ended["error"])
-    if here and _alike(here[0], end.reason):
+    if here and _alike(here[0], end.error):
         return Decision("stop", f"failed twice at step {end.step}: {what}")
     if len(here) + 1 >= _FRUITLESS:
         return Decision("stop", f"failed {len(here) + 1} times at step {end.step}, lastly: {what}")

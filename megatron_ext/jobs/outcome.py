@@ -1,21 +1,60 @@
-"""How far a run got and what went wrong, from its folder and its job's log. Needs no torch."""
+"""How a job's life ended: what the run itself says in status.json, and, where a kill or a failure
+before its start left it nothing to say, the metrics and the job's log. Needs no torch."""
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint.manifest import find_checkpoints, step_of
+from megatron_ext.jobs.decision import End
+from megatron_ext.jobs.journal import Life
+from megatron_ext.training.status import read_status
 
 _ERROR = re.compile(
     r"error: (?P<mistake>.+)"  # pretrain.py's one sentence; srun and slurmstepd say "error:" too
     r"|(?P<exception>(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Skips|Interrupt|Hang\w*)\b.*)"
 )
 _AFTERMATH = re.compile(r"\*\*\* |task \d+: (Terminated|Killed|Exited)|tasks? [\d,-]+: Terminated")
+_MISTAKE = 2  # exit code of pretrain.py for what the user has to mend
 _TAIL = 4 << 20  # bytes of a life's log that are looked at
 
 
-def finished(run_dir: Path, steps: int) -> bool:
+def end_of(
+    run_dir: Path, life: Life, code: int, signal: str = "", bad_nodes: tuple[str, ...] = ()
+) -> End:
+    """How `life` ended with exit code `code`, after `signal` came to its script ("" if none)."""
+    status = read_status(run_dir) or {}
+    if not _of_life(status, life):
+        status = {}  # of an earlier start: this one ended before there was a run
+    state = status.get("state")
+    said = (status.get("error") or {}).get("message") or ""
+    log = Path(life.began["log"])
+    told = said or status.get("reason", "") if state in ("failed", "hung") else ""
+    error = told or (first_error(log, life.began["log_start"]) if code and not bad_nodes else "")
+    return End(
+        code=code,
+        step=last_step(run_dir),
+        steps=life.began["steps"],
+        finished=is_finished(run_dir, life.began["steps"]),
+        stopped=state == "stopped" or (bool(signal) and state not in ("failed", "hung")),
+        hopeless=code == _MISTAKE or (state == "failed" and not status["requeue"]),
+        error=" ".join(error.split())[:300],
+        bad_nodes=bad_nodes,
+        nodes=life.began["nodes"],
+    )
+
+
+def _of_life(status: dict[str, Any], life: Life) -> bool:
+    try:
+        written = datetime.fromisoformat(status["time"]).timestamp()
+    except (KeyError, ValueError):
+        return False
+    return written >= life.began["time"]
+
+
+def is_finished(run_dir: Path, steps: int) -> bool:
     """Whether a checkpoint of the last step is there."""
     return any(step_of(checkpoint) >= steps for checkpoint in find_checkpoints(run_dir))
 

@@ -121,13 +121,16 @@ class Cluster:
         self._until(registered, f"{name} registers")
 
     def rank_pid(self, job: str, rank: int) -> int:
-        """Process of one rank of the job's running step."""
-        marks = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
-        return next(
-            pid
-            for pid, words in _processes(*marks)
-            if "pretrain.py" in " ".join(words) and "SLURM_STEP_NUM_TASKS" in _environment(pid)
-        )
+        """Process of one rank of the job's training, as soon as there is one."""
+        marks = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_NUM_TASKS=2"}
+        found: list[int] = []
+
+        def there() -> bool:
+            found[:] = [pid for pid, words in _processes(*marks) if "pretrain.py" in words]
+            return bool(found)
+
+        self._until(there, f"rank {rank} of job {job} starts")
+        return found[0]
 
     # -- how
 

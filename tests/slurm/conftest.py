@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.jobs import journal
 from tests.conftest import ROOT, metrics, pretrain
-from tests.slurm.cluster import Cluster, missing_programs
+from tests.slurm.cluster import ACTIVE, Cluster, missing_programs
 
 NODES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 # Steps of a constant rate, so that the same run may be as long as a test needs.
@@ -80,11 +81,19 @@ def log_of(run_dir: Path, job: str) -> str:
     return (run_dir.parent / f"{job}.out").read_text()
 
 
+def wait_for_life(cluster: Cluster, run_dir: Path, job: str, restart: int) -> None:
+    """Until the job has begun again so many times, and wrote so."""
+    deadline = time.monotonic() + 90
+    while not any(life.job == job and life.restart >= restart for life in journal.read(run_dir)):
+        assert time.monotonic() < deadline, log_of(run_dir, job)
+        time.sleep(0.05)
+
+
 def wait_for_step(cluster: Cluster, run_dir: Path, job: str, step: int) -> None:
     """Until metrics.jsonl tells of the step."""
     file, deadline = run_dir / "metrics.jsonl", time.monotonic() + 90
     while not (file.is_file() and f'"step": {step},' in file.read_text()):
         state = cluster.job(job)["JobState"]
-        assert state in ("PENDING", "RUNNING", "CONFIGURING"), (state, log_of(run_dir, job))
+        assert state in ACTIVE, (state, log_of(run_dir, job))
         assert time.monotonic() < deadline, log_of(run_dir, job)
         time.sleep(0.02)
