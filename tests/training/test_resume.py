@@ -85,28 +85,6 @@ def test_killed_run_repeats_the_same_losses_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    "distributed",
-    [pytest.param("false", marks=pytest.mark.slow, id="plain"), pytest.param("true", id="divided")],
-)
-def test_checkpoint_is_read_at_another_layout(
-    distributed: str, config_file: Path, tmp_path: Path
-) -> None:
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    optimizer = f"parallel.distributed_optimizer={distributed}"
-    common = [config_file, "training.steps=20", "checkpoint.interval=10", optimizer]
-    pretrain(*common, f"training.run_dir={whole}")
-    pretrain(*common, "parallel.tensor=2", f"training.run_dir={moved}", processes=4)
-    # Back to the checkpoint of step 10, as if the run had been killed after it.
-    newest = moved / "checkpoints" / "step_00000020" / "manifest.json"
-    newest.unlink()
-    printed = pretrain(*common, f"training.run_dir={moved}")
-    assert "resuming after step 10" in printed
-    for ours, reference in zip(metrics(moved), metrics(whole), strict=True):
-        if "loss" in reference:
-            assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize(
     "number",
     [
         signal.SIGTERM,
