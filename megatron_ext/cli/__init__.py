@@ -21,7 +21,17 @@ from typer.core import TyperGroup
 
 from megatron_ext.errors import UserError
 
-COMMANDS = ("bound", "plan", "schema", "evaluate", "export-hf", "import-hf", "report", "doctor")
+COMMANDS = (
+    "bound",
+    "plan",
+    "schema",
+    "evaluate",
+    "checkpoint",
+    "export-hf",
+    "import-hf",
+    "report",
+    "doctor",
+)
 
 
 class _Commands(TyperGroup):

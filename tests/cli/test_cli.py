@@ -20,13 +20,6 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def poison(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("poison")
-    (folder / "torch.py").write_text("raise RuntimeError('torch was imported')\n")
-    return str(folder)
-
-
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_help_names_every_command(arguments: list[str], poison: str) -> None:
     done = run(*arguments, PYTHONPATH=poison)
