@@ -32,6 +32,7 @@ from megatron_ext.checkpoint import manifest, storage
 from megatron_ext.checkpoint.chunks import Chunk, Model, state_chunks
 from megatron_ext.checkpoint.rng import random_state
 from megatron_ext.config import Config
+from megatron_ext.config.batch_sizes import BatchSizes
 from megatron_ext.errors import Verdict
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,8 @@ def seal(save: Save, written: storage.Written | str) -> Path | None:
 def progress(step: int, config: dict[str, Any]) -> dict[str, int]:
     """How far a run is after `step` steps: sequences and tokens read."""
     training = config["training"]
-    samples = step * training["global_batch_size"]
+    rampup = tuple(training["rampup_batch_size"])
+    samples = BatchSizes(training["global_batch_size"], rampup).before(step)
     return {
         "step": step,
         "consumed_samples": samples,

@@ -189,15 +189,24 @@ def check_layout(config: Config, world_size: int) -> None:
             f"data-parallel ranks = {at_once}: choose "
             f"{_next_multiple(training.global_batch_size, at_once)}"
         )
+    for name, size in zip(("start", "increment"), training.rampup_batch_size, strict=False):
+        if size % at_once:
+            raise ConfigError(
+                f"training.rampup_batch_size={list(training.rampup_batch_size)}: its {name} is no "
+                f"multiple of training.micro_batch_size={training.micro_batch_size} x "
+                f"{data_parallel} data-parallel ranks = {at_once}: choose "
+                f"{_next_multiple(size, at_once)}"
+            )
     # Megatron-Core 0.16.1 runs virtual stages in groups of that many (schedules.py:1007).
     group = at_once * parallel.pipeline
-    if parallel.virtual_pipeline > 1 and training.global_batch_size % group:
-        raise ConfigError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs micro-batches in groups "
-            f"of parallel.pipeline={parallel.pipeline}, but training.global_batch_size="
-            f"{training.global_batch_size} is no multiple of {parallel.pipeline} x {at_once}: "
-            f"choose {_next_multiple(training.global_batch_size, group)}"
-        )
+    for size in (training.global_batch_size, *training.rampup_batch_size[:2]):
+        if parallel.virtual_pipeline > 1 and size % group:
+            raise ConfigError(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs micro-batches in "
+                f"groups of parallel.pipeline={parallel.pipeline}, but a batch of {size} "
+                f"(training.global_batch_size, rampup_batch_size) is no multiple of "
+                f"{parallel.pipeline} x {at_once}: choose {_next_multiple(size, group)}"
+            )
 
 
 def check_schedule(config: Config) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_ext.config.batch_sizes import BatchSizes
 from megatron_ext.rope.frequencies import NoScaling, RopeScaling
 
 
@@ -146,12 +147,16 @@ class Training(Section):
     """Context length of a training sample."""
     global_batch_size: int = setting(gt=0, unit="sequences", example=1024)
     """Sequences of one optimizer step, over all ranks."""
+    rampup_batch_size: tuple[Annotated[int, Field(gt=0)], ...] = setting(())
+    """Let the batch grow at the start of the run: [start, increment, samples]. It begins with
+    `start` sequences and grows by `increment` in equal shares of the first `samples` sequences, as
+    in Megatron-LM. Empty: full from the first step."""
     micro_batch_size: int = setting(gt=0, unit="sequences", example=1)
     """Sequences of one forward pass on one rank; the rest of the batch is accumulated."""
     steps: int = setting(
         gt=0,
         unit="steps",
-        unset="ceil(tokens / (global_batch_size x sequence_length))",
+        unset="the fewest that read `tokens`",
         example=1000,
     )
     """Optimizer steps of the whole run. Give this or `tokens`: a file that sets one of the two
@@ -159,10 +164,13 @@ class Training(Section):
     tokens: int = setting(
         gt=0,
         unit="tokens",
-        unset="steps x global_batch_size x sequence_length",
+        unset="those of all steps",
         example=10**9,
     )
     """Token budget of the whole run. Give this or `steps`."""
+    exit_duration_in_mins: float | None = setting(None, gt=0, unit="minutes")
+    """Stop as if by a signal, with a checkpoint, once this start of the run is so old; the same
+    command goes on. Unset: only steps and tokens end the run."""
     seed: int = setting(1234, ge=0)
     """Seed of weights and of the sample order."""
     recompute: Literal["none", "selective", "full"] = setting("none")
@@ -171,8 +179,17 @@ class Training(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one global batch."""
+        """Tokens of one full global batch."""
         return self.global_batch_size * self.sequence_length
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences of each step."""
+        return BatchSizes(self.global_batch_size, self.rampup_batch_size)
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens that the first `steps` steps read."""
+        return self.batch_sizes.before(steps) * self.sequence_length
 
     @model_validator(mode="before")
     @classmethod
@@ -185,16 +202,24 @@ class Training(Section):
         known = [v for v in (steps, tokens, *factors) if v is not None]
         if None in factors or not all(type(v) is int and v > 0 for v in known):
             return given  # the fields themselves say what is wrong
-        tokens_per_step = given["global_batch_size"] * given["sequence_length"]
+        rampup = given.get("rampup_batch_size", ())
+        if not isinstance(rampup, (list, tuple)) or not all(type(v) is int for v in rampup):
+            return given
+        batch_size, length = given["global_batch_size"], given["sequence_length"]
+        sizes = BatchSizes(batch_size, tuple(rampup))
+        if (
+            "rampup_batch_size" in given
+        ):  # a file has lists, and what this returns is no longer taken for a file
+            given = {**given, "rampup_batch_size": tuple(rampup)}
         if steps is not None and tokens is None:
-            return {**given, "tokens": steps * tokens_per_step}
+            return {**given, "tokens": sizes.before(steps) * length}
         if tokens is None:
             return given
-        needed = -(-tokens // tokens_per_step)
+        needed = sizes.steps_for(-(-tokens // length))
         if steps is not None and steps != needed:
             raise ValueError(
                 f"steps={steps} and tokens={tokens:,} disagree, as {tokens:,} tokens are {needed} "
-                f"steps of {factors[0]} x {factors[1]} tokens: give only one of them"
+                f"steps of {batch_size} x {length} tokens: give only one of them"
             )
         return {**given, "steps": needed}
 

@@ -5,8 +5,8 @@
         micro_batch["tokens"]           # [micro_batch_size, sequence_length] int64
 
 The order of samples depends on the seed, the blend and the number of steps, never on the layout:
-step n holds samples n * global_batch_size and following. Every rank reads its own samples from the
-memory-mapped files, so nothing is broadcast. What is refused: see `corpora.py`.
+step n begins where the batches before it end (config/batch_sizes.py). Every rank reads its own
+samples from the memory-mapped files, so nothing is broadcast. What is refused: see `corpora.py`.
 """
 
 import json
@@ -30,6 +30,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_ext.config import Config
+from megatron_ext.config.batch_sizes import BatchSizes
 from megatron_ext.data.corpora import cache_parent, eod_id, fingerprint_of
 from megatron_ext.data.positions import per_document
 
@@ -111,7 +112,11 @@ def _open(config: Config, cache: Path) -> tuple[Dataset, Dataset]:
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    sizes = [config.training.steps * batch, config.evaluation.batches * batch, 0]
+    sizes = [
+        config.training.batch_sizes.before(config.training.steps),
+        config.evaluation.batches * batch,
+        0,
+    ]
     builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config)
     train, validation, _ = builder.build()
     for blended in (train, validation):
@@ -131,9 +136,15 @@ class Layout:
 
 
 def micro_batches(
-    dataset: Dataset, config: Config, layout: Layout, first_step: int, last_step: int
+    dataset: Dataset,
+    config: Config,
+    layout: Layout,
+    first_step: int,
+    last_step: int,
+    sizes: BatchSizes | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's micro-batches of steps first_step .. last_step - 1, in order.
+    """This rank's micro-batches of steps first_step .. last_step - 1, in order; `sizes` are those
+    of the run's global batches unless others are given.
 
     Each is a dict of tokens and labels [micro_batch_size, sequence_length] int64 and loss_mask
     float32, with data.mask_documents also document_ids and position_ids int64; on the CPU, pinned
@@ -142,7 +153,12 @@ def micro_batches(
     workers = config.data.num_workers
     loader = DataLoader(
         dataset,
-        batch_sampler=MicroBatchSampler(config, layout, first_step, last_step),
+        batch_sampler=MicroBatchSampler(
+            sizes or config.training.batch_sizes,
+            config.training.micro_batch_size,
+            layout,
+            range(first_step, last_step),
+        ),
         collate_fn=partial(_collate, eod=eod_id(config) if config.data.mask_documents else None),
         num_workers=workers,
         worker_init_fn=_ignore_stop_signals,
@@ -175,18 +191,20 @@ def _collate(samples: list[dict[str, torch.Tensor]], eod: int | None) -> dict[st
 class MicroBatchSampler:
     """Sample numbers of this rank, a list for each micro-batch; sized, as DataLoader wants it."""
 
-    def __init__(self, config: Config, layout: Layout, first_step: int, last_step: int) -> None:
-        self.batch = config.training.global_batch_size
-        self.size = config.training.micro_batch_size
+    def __init__(self, batches: BatchSizes, micro_batch: int, layout: Layout, steps: range) -> None:
+        self.batches = batches
+        self.size = micro_batch
         self.layout = layout
-        self.steps = range(first_step, last_step)
+        self.steps = steps
 
     def __len__(self) -> int:
-        return len(self.steps) * self.batch // (self.size * self.layout.data_parallel_size)
+        samples = self.batches.before(self.steps.stop) - self.batches.before(self.steps.start)
+        return samples // (self.size * self.layout.data_parallel_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         stride = self.size * self.layout.data_parallel_size
         mine = self.size * self.layout.data_parallel_rank
         for step in self.steps:
-            for start in range(step * self.batch + mine, (step + 1) * self.batch, stride):
+            begin, end = self.batches.before(step), self.batches.before(step + 1)
+            for start in range(begin + mine, end, stride):
                 yield list(range(start, start + self.size))

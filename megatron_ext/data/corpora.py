@@ -53,7 +53,7 @@ def corpus_errors(config: Config) -> list[str]:
 def fingerprint_of(config: Config) -> dict[str, Any]:
     """What the sample order is made from; equal fingerprints mean the same tokens in the same
     order. Kept in the run folder and in every checkpoint."""
-    corpora = {}
+    corpora, rampup = {}, config.training.rampup_batch_size
     for name, corpus in config.data.corpora.items():
         corpora[name] = {
             "path": str(corpus.path),
@@ -67,7 +67,8 @@ def fingerprint_of(config: Config) -> dict[str, Any]:
         "validation_fraction": config.data.validation_fraction,
         "sequence_length": config.training.sequence_length,
         "global_batch_size": config.training.global_batch_size,
-        "samples": config.training.steps * config.training.global_batch_size,
+        **({"rampup_batch_size": list(rampup)} if rampup else {}),
+        "samples": config.training.batch_sizes.before(config.training.steps),
         "seed": config.training.seed,
         "mask_documents": config.data.mask_documents,
     }
@@ -82,7 +83,7 @@ def cache_parent(config: Config) -> Path:
 def epochs(config: Config) -> dict[str, float]:
     """How often the run reads each corpus' training documents, by their tokens."""
     total = sum(corpus.weight for corpus in config.data.corpora.values())
-    tokens = config.training.steps * config.training.tokens_per_step
+    tokens = config.training.tokens_after(config.training.steps)
     return {
         name: tokens * corpus.weight / total / _training_tokens(corpus, config)
         for name, corpus in config.data.corpora.items()

@@ -93,7 +93,7 @@ def _scaling_rows(
 
 
 def _days_rows(config: Config, plan: Plan) -> list[list[float]]:
-    flops = flops_per_token(config) * config.training.steps * config.training.tokens_per_step
+    flops = flops_per_token(config) * config.training.tokens_after(config.training.steps)
     peak = plan.tflops_per_gpu / plan.mfu_full_attention * 1e12
     seconds = {mfu: flops / (peak * mfu * plan.gpus) for mfu in _MFU}
     return [[mfu, s / 86400, s / 3600 * plan.gpus] for mfu, s in seconds.items()]

@@ -104,7 +104,10 @@ def plan_of(config: Config, work: Workloads) -> Plan:
     stages = stage_memory(work)
     peak = float(work.gpu.peak_tflops[0]) * 1e12
     full, causal = (flops_per_token(config, share) for share in (1.0, 0.5))
-    days = config.training.steps * seconds / 86400
+    training = config.training
+    # A smaller batch takes a share of a full one's time: accumulation is all that changes.
+    full_steps = training.tokens_after(training.steps) / training.tokens_per_step
+    days = full_steps * seconds / 86400
     fast, slow = np.quantile(list(constants().source_time.values()), [0.1, 0.9]).tolist()
     return Plan(
         gpu=gpu,

@@ -93,7 +93,9 @@ class Preflight:
             ),
             (
                 "length",
-                f"{self.steps:,} steps x {self.tokens_per_step:,} tokens = {self.tokens:,} tokens",
+                f"{self.steps:,} steps "
+                + ("of up to " if self.tokens < self.steps * self.tokens_per_step else "x ")
+                + f"{self.tokens_per_step:,} tokens = {self.tokens:,} tokens",
             ),
             (
                 "layout",
@@ -144,7 +146,7 @@ def preflight(config: Config, world_size: int) -> Preflight:
         parameters_without_embeddings=parameters.without_embeddings,
         tokens_per_step=training.tokens_per_step,
         steps=training.steps,
-        tokens=training.steps * training.tokens_per_step,
+        tokens=training.tokens_after(training.steps),
         world_size=world_size,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,

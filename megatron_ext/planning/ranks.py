@@ -293,7 +293,7 @@ def _slurm(script: Path, world_size: int) -> Line:
 
 
 def _cost(config: Config, plan: Plan) -> dict[str, Any]:
-    tokens = config.training.steps * config.training.tokens_per_step
+    tokens = config.training.tokens_after(config.training.steps)
     flops = flops_per_token(config) * tokens
     peak = plan.tflops_per_gpu / plan.mfu_full_attention * 1e12
     hours = {mfu: flops / (peak * mfu) / 3600 for mfu in MFU_LEVELS}

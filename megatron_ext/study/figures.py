@@ -37,14 +37,14 @@ def loss_curves(runs: Sequence[Run]) -> Figure | None:
     def paint(canvas: Canvas, wide: bool) -> None:
         axes = canvas.subplots()
         for k, run in enumerate(runs):
-            tokens = run.config.training.tokens_per_step
+            training = run.config.training
             axes.plot(
                 [r["tokens"] for r in run.training],
                 [r["loss"] for r in run.training],
                 color=SERIES[k % 8], ls=DASHES[k // 8 % 3], lw=1.1, alpha=0.55,
             )  # fmt: skip
             axes.plot(
-                [r["step"] * tokens for r in run.validation],
+                [training.tokens_after(r["step"]) for r in run.validation],
                 [r["validation_loss"] for r in run.validation],
                 marker="o", color=SERIES[k % 8], ls=DASHES[k // 8 % 3], lw=1.8, ms=4.5,
             )  # fmt: skip
@@ -58,7 +58,7 @@ def loss_curves(runs: Sequence[Run]) -> Figure | None:
             run.name,
             kind,
             record["step"],
-            record["step"] * run.config.training.tokens_per_step,
+            run.config.training.tokens_after(record["step"]),
             record[key],
         )
         for run in runs

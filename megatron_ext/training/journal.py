@@ -66,13 +66,13 @@ class Journal:
         if not self.here.is_main or not (done % self.config.logging.interval == 0 or last):
             return
         training = self.config.training
-        tokens_per_step = training.global_batch_size * training.sequence_length
-        tokens_per_s = tokens_per_step / seconds
+        tokens = training.tokens_after(done)
+        tokens_per_s = (tokens - training.tokens_after(done - 1)) / seconds
         tflops = tokens_per_s * self.flops_per_token / self.here.size / 1e12
         self._write(
             {
                 "step": done,
-                "tokens": done * tokens_per_step,
+                "tokens": tokens,
                 "loss": result.loss,
                 "lr": result.lr,
                 "grad_norm": result.grad_norm,
@@ -87,11 +87,13 @@ class Journal:
             }
         )
         self.stalled = stalled
-        rate = (time.monotonic() - self.started) / (done - self.first_step)
+        # By tokens, as batches may grow.
+        rate = (time.monotonic() - self.started) / (tokens - training.tokens_after(self.first_step))
+        left = training.tokens_after(training.steps) - tokens
         log.info(
             "step %d/%d  loss %.4f  lr %.2e  grad %.2f  %s tokens/s  %.2f s/step  ETA %s%s",
             done, training.steps, result.loss, result.lr, result.grad_norm,
-            f"{tokens_per_s:,.0f}", seconds, _duration(rate * (training.steps - done)),
+            f"{tokens_per_s:,.0f}", seconds, _duration(rate * left),
             "  SKIPPED: non-finite gradient" if result.skipped else "",
         )  # fmt: skip
 

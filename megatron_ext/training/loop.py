@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from megatron_ext.checkpoint.saving import Saver
 from megatron_ext.config import Config
+from megatron_ext.config.batch_sizes import BatchSizes
 from megatron_ext.data.blend import Layout, micro_batches
 from megatron_ext.errors import Verdict
 from megatron_ext.training.journal import Journal
@@ -60,7 +61,8 @@ def train(
                 "look at data and learning rate, then go on from the last checkpoint"
             )
         if done == steps or (done % config.evaluation.interval == 0 and not stop):
-            held_out = micro_batches(data[1], config, layout, 0, config.evaluation.batches)
+            full = BatchSizes(config.training.global_batch_size)
+            held_out = micro_batches(data[1], config, layout, 0, config.evaluation.batches, full)
             journal.validation(
                 done, evaluate_loss(held_out, model, config, config.evaluation.batches)
             )

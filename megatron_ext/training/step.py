@@ -55,7 +55,7 @@ def train_step(
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = forward_backward(batches, model, config)
+    losses = forward_backward(batches, model, config, config.training.batch_sizes.of(step))
 
     optimizer.prepare_grads()
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad or math.inf)
@@ -78,7 +78,9 @@ def evaluate_loss(batches: Batches, model: Model, config: Config, count: int) ->
     with torch.no_grad():
         for _ in range(count):
             loss_sum, tokens, _stop = _sum_over_ranks(
-                forward_backward(batches, model, config, forward_only=True)
+                forward_backward(
+                    batches, model, config, config.training.global_batch_size, forward_only=True
+                )
             )
             totals += torch.tensor([loss_sum, tokens], dtype=torch.float64)
     for chunk in model:
@@ -87,11 +89,12 @@ def evaluate_loss(batches: Batches, model: Model, config: Config, count: int) ->
 
 
 def forward_backward(
-    batches: Batches, model: Model, config: Config, forward_only: bool = False
+    batches: Batches, model: Model, config: Config, batch_size: int, forward_only: bool = False
 ) -> list[dict[str, torch.Tensor]]:
-    """All micro-batches of one global batch through this stage, in Megatron-Core's schedule for the
-    layout. Returns, on the last stage, a {"loss": [sum, tokens]} for each micro-batch."""
-    count = config.training.global_batch_size // (
+    """All micro-batches of one global batch, of `batch_size` sequences, through this stage, in
+    Megatron-Core's schedule for the layout. Returns, on the last stage, a {"loss": [sum, tokens]}
+    for each micro-batch."""
+    count = batch_size // (
         config.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
     )
     # Every chunk of a stage takes the same micro-batches, each at its own time.

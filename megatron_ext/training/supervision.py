@@ -10,6 +10,7 @@ An exception that passes through is told of once: the rank that meets it first w
 status.json and prints it, and those that only lost the connection to that rank are silent.
 """
 
+import math
 import os
 import socket
 import sys
@@ -39,6 +40,8 @@ class Supervision:
         self.signals = StopSignals(self._stopped_before_the_first_step)
         self.step: int | None = None  # steps done, once training has begun
         self._since = psutil.Process().create_time()
+        minutes = config.training.exit_duration_in_mins
+        self._until = math.inf if minutes is None else self._since + 60 * minutes
         self._started = False
 
     def __enter__(self) -> "Supervision":
@@ -60,8 +63,8 @@ class Supervision:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this process was sent a signal to stop."""
-        return self.signals.received is not None
+        """Whether this process was sent a signal to stop, or is as old as it may become."""
+        return self.signals.received is not None or time.time() >= self._until
 
     def start(self) -> None:
         """Make the run folder and say that the run is starting."""
@@ -93,8 +96,12 @@ class Supervision:
         if state == "finished":
             reason = f"finished: {done} steps in {self.run_dir}"
         else:
-            signal = self.signals.received or "another rank's signal"
-            reason = f"stopped by {signal} after step {done}, checkpoint saved: "
+            cause = self.signals.received or (
+                "training.exit_duration_in_mins"
+                if time.time() >= self._until
+                else "another rank's signal"
+            )
+            reason = f"stopped by {cause} after step {done}, checkpoint saved: "
             reason += "run the same command to go on"
         if self.rank == 0:
             self._write(state, reason, requeue=state == "stopped")

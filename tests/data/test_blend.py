@@ -15,6 +15,13 @@ def config_with(config: Config, **training: object) -> Config:
     return config.model_copy(update={"training": section})
 
 
+def sampler(config: Config, layout: blend.Layout, first: int, last: int) -> blend.MicroBatchSampler:
+    training = config.training
+    return blend.MicroBatchSampler(
+        training.batch_sizes, training.micro_batch_size, layout, range(first, last)
+    )
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_ranks_together_read_each_global_batch_once(
@@ -25,8 +32,8 @@ def test_ranks_together_read_each_global_batch_once(
         read = []
         for rank in range(ranks):
             layout = blend.Layout(rank, ranks)
-            lists = list(blend.MicroBatchSampler(config, layout, step, step + 1))
-            assert len(lists) == len(blend.MicroBatchSampler(config, layout, step, step + 1))
+            lists = list(sampler(config, layout, step, step + 1))
+            assert len(lists) == len(sampler(config, layout, step, step + 1))
             assert all(len(numbers) == micro_batch_size for numbers in lists)
             read += [number for numbers in lists for number in numbers]
         assert sorted(read) == list(range(step * 8, step * 8 + 8))
@@ -35,12 +42,19 @@ def test_ranks_together_read_each_global_batch_once(
 def test_resumed_reading_continues_the_same_order(config_file: Path) -> None:
     config = load_config(config_file)
     layout = blend.Layout(1, 2)
-    whole = list(blend.MicroBatchSampler(config, layout, 0, 6))
+    whole = list(sampler(config, layout, 0, 6))
     parts = [
-        *blend.MicroBatchSampler(config, layout, 0, 4),
-        *blend.MicroBatchSampler(config, layout, 4, 6),
+        *sampler(config, layout, 0, 4),
+        *sampler(config, layout, 4, 6),
     ]
     assert parts == whole
+
+
+def test_a_growing_batch_leaves_no_sample_out(config_file: Path) -> None:
+    config = load_config(config_file, ["training.rampup_batch_size=[2,2,20]"])
+    ranks = [list(sampler(config, blend.Layout(rank, 2), 0, 12)) for rank in (0, 1)]
+    read = [number for pair in zip(*ranks, strict=True) for numbers in pair for number in numbers]
+    assert read == list(range(config.training.batch_sizes.before(12)))
 
 
 def test_samples_are_the_tokens_of_the_files(config_file: Path, corpus: Path) -> None:

@@ -34,6 +34,7 @@ CP2, CP4 = "parallel.context=2", "parallel.context=4"
 DISTRIBUTED = "parallel.distributed_optimizer=true"
 UNEVEN = ["parallel.first_stage_layers=5", "parallel.last_stage_layers=3"]
 MB2 = "training.micro_batch_size=2"
+RAMPED = "training.rampup_batch_size=[2,2,20]"
 
 # Name, processes, settings. The two fast ones meet every kind of parallelism but plain 1F1B, which
 # the tests of resuming and of resharding run.
@@ -58,6 +59,8 @@ LAYOUTS = [
             ("DP2", 2, []),
             ("DP4, distributed optimizer", 4, [DISTRIBUTED]),
             ("DP2, micro-batch 2", 2, [MB2]),
+            ("DP2, batch growing from 2", 2, [RAMPED]),
+            ("PP2 CP2, batch growing from 2", 4, [PP2, CP2, RAMPED]),
             ("CP2", 2, [CP2]),
             ("CP4", 4, [CP4]),
             ("CP2 DP2, distributed optimizer", 4, [CP2, DISTRIBUTED]),
@@ -166,7 +169,7 @@ def table():
 def test_layout_trains_as_one_process_does(
     name: str, processes: int, settings: list[str], train, table: list
 ) -> None:
-    model = [setting for setting in settings if not setting.startswith(("parallel.", "training."))]
+    model = [s for s in settings if s.startswith(("model.", "data.", RAMPED))]
     reference, ours = train(1, model), train(processes, settings)
     assert torch.equal(ours.samples, reference.samples)  # the same tokens at the same place
 
@@ -202,12 +205,11 @@ def samples_of(folder: Path, micro_batch: int) -> torch.Tensor:
     have seen the same."""
     ranks = [torch.load(file) for file in folder.glob("*.pt")]
     data = 1 + max(rank["place"]["data"] for rank in ranks)
-    whole = torch.full((STEPS * BATCH, LENGTH), -1)
+    number = data * len(ranks[0]["chunks"][0])
+    whole = torch.full((number, LENGTH), -1)
     for rank in ranks:
         place = rank["place"]
-        samples = (
-            torch.arange(STEPS * BATCH).view(-1, data, micro_batch)[:, place["data"]].flatten()
-        )
+        samples = torch.arange(number).view(-1, data, micro_batch)[:, place["data"]].flatten()
         # Chunk i of the sequence and its mirror image belong to context-parallel rank i.
         chunks = torch.arange(LENGTH).chunk(2 * place["contexts"])
         columns = torch.cat((chunks[place["context"]], chunks[-1 - place["context"]]))

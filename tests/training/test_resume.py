@@ -189,3 +189,24 @@ def test_weights_start_from_another_run(config_file: Path, tmp_path: Path) -> No
     )
     # A trained model starts far below ln(512) = 6.24.
     assert metrics(fresh)[0]["loss"] < 5.7
+
+
+@pytest.mark.slow
+def test_growing_batch_goes_on_where_it_was_stopped_by_the_clock(
+    config_file: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = [config_file, "training.rampup_batch_size=[2,2,20]", "training.steps=8"]
+    pretrain(*common, f"training.run_dir={whole}")
+    common.append(f"training.run_dir={parts}")
+    # The time is up before the first step, so each start does one.
+    for step in (1, 2):
+        printed = pretrain(*common, "training.exit_duration_in_mins=0.001")
+        assert f"stopped by training.exit_duration_in_mins after step {step}" in printed
+    printed = pretrain(*common[:1], *common[2:], code=2)
+    assert "data.rampup_batch_size: [2, 2, 20] -> nothing" in printed
+    pretrain(*common)
+    assert numbers(parts) == numbers(whole)
+    # A third of the 20 samples by 2, by 4 and by 6, then 8; each has 64 tokens.
+    tokens = [record["tokens"] for record in metrics(parts) if "loss" in record]
+    assert tokens == [64 * samples for samples in (2, 4, 6, 8, 12, 16, 22, 30)]
