@@ -83,8 +83,9 @@ def pretrain(config: Config, watch: Supervision) -> int:
     from megatron_ext.training import journal
     from megatron_ext.training.loop import train
     from megatron_ext.training.optimizer import build_optimizer
-    from megatron_ext.world import world
+    from megatron_ext.world import limit_collectives, world
 
+    watch.phase("meet")
     with world(config, watch.report) as here:
         log = start_logging(here.is_main)
         for warning in validate(config, here.size):
@@ -92,10 +93,13 @@ def pretrain(config: Config, watch: Supervision) -> int:
         if here.is_main:
             for name, times in epochs(config).items():
                 log.info("data: %s is read %.3g times", name, times)
+        watch.phase("data")
         data = blend.build_datasets(config)
+        watch.phase("model")
         model = build_model(config)
         optimizer = build_optimizer(model, config)
 
+        watch.phase("restore")
         record = {"config": config.model_dump(mode="json"), "data": fingerprint_of(config)}
         done_steps = sharded.restore(config, model, optimizer, record)
         if done_steps:
@@ -108,9 +112,12 @@ def pretrain(config: Config, watch: Supervision) -> int:
         layout = blend.Layout(
             parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         )
+        limit_collectives(config)
         watch.hold(done_steps)
-        done = train(config, here, model, optimizer, data, layout, record, done_steps, watch)
-        log.info(watch.ended(done))
+        done, stopped = train(
+            config, here, model, optimizer, data, layout, record, done_steps, watch
+        )
+        log.info(watch.ended(done, stopped))
     return 0
 
 

@@ -21,11 +21,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import distributed_c10d
 
 from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.launch import launched_as
+
+_AFTER_WATCHDOG_S = 60.0  # which needs some seconds to dump stacks and to name the late ranks
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,16 @@ def world(config: Config, report: Callable[[Exception], None] = _print) -> Itera
     else:
         device = torch.device("cpu")
     _set_rendezvous()
+    patience = datetime.timedelta(seconds=config.faults.startup_timeout_s + _AFTER_WATCHDOG_S)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             rank=rank,
             world_size=size,
-            timeout=datetime.timedelta(seconds=config.faults.hang_timeout_s),
+            timeout=patience,
             device_id=device if device.type == "cuda" else None,
         )
-        build_groups(config)
+        build_groups(config, patience)
         _seed(config.training.seed)
         yield World(rank, size, local_rank, device)
     except Exception as error:
@@ -98,8 +102,11 @@ def world(config: Config, report: Callable[[Exception], None] = _print) -> Itera
             dist.destroy_process_group()
 
 
-def build_groups(config: Config) -> None:
-    """Megatron-Core's process groups for the layout, over the processes that have met."""
+def build_groups(
+    config: Config, patience: datetime.timedelta = datetime.timedelta(minutes=30)
+) -> None:
+    """Megatron-Core's process groups for the layout, over the processes that have met. `patience`:
+    how long their collective operations wait."""
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         parallel.tensor,
@@ -109,7 +116,18 @@ def build_groups(config: Config) -> None:
         context_parallel_size=parallel.context,
         # Gloo groups beside NCCL's serve old checkpoint formats, which are not used.
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=patience.total_seconds() / 60,  # type: ignore[arg-type]
     )
+
+
+def limit_collectives(config: Config) -> None:
+    """From now on a collective operation fails after faults.hang_timeout_s; until here, while one
+    rank builds an index or verifies a checkpoint, the others waited for faults.startup_timeout_s.
+    The watchdog, which knows which rank is late, comes first in both."""
+    timeout = datetime.timedelta(seconds=config.faults.hang_timeout_s + _AFTER_WATCHDOG_S)
+    for group in list(distributed_c10d._world.pg_map):
+        if group != dist.GroupMember.NON_GROUP_MEMBER:
+            distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _set_rendezvous() -> None:

@@ -20,7 +20,7 @@ def test_run_folder_explains_itself(config_file: Path, tmp_path: Path) -> None:
     assert "finished: 20 steps" in printed
     assert {p.name for p in run_dir.iterdir()} == {
         "config.yaml", "environment.json", "data.json", "metrics.jsonl", "tensorboard",
-        "checkpoints", "status.json",
+        "checkpoints", "status.json", "heartbeat",
     }  # fmt: skip
     assert load_config(run_dir / "config.yaml") == load_config(config_file, settings)
     steps = [r for r in metrics(run_dir) if "loss" in r]

@@ -378,7 +378,12 @@ class Faults(Section):
     """Steps in a row with a non-finite loss or gradient that are skipped before the run stops;
     0 stops at the first."""
     hang_timeout_s: float = setting(600.0, gt=0, unit="s")
-    """Longest wait in a collective operation before the run ends with an error."""
+    """A rank without progress for so long in training (a micro-batch, a batch of the validation, a
+    save) has hung: the watchdog names the late ranks, dumps stacks and kills the run, so that it
+    can be started again. Longer than the slowest save. Collectives fail a minute later."""
+    startup_timeout_s: float = setting(3600.0, gt=0, unit="s")
+    """The same before the first step, where one rank may build the sample index or verify a
+    checkpoint for long while the others wait."""
 
 
 class Config(Section):

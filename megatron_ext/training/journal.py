@@ -103,6 +103,14 @@ class Journal:
             self._write({"step": done, "validation_loss": loss})
             log.info("step %d  validation loss %.4f", done, loss)
 
+    def lacks_validation(self, done: int) -> bool:
+        """Whether the validation after `done` steps was due and never measured (rank 0 knows)."""
+        training, interval = self.config.training, self.config.evaluation.interval
+        if not self.here.is_main or not (done % interval == 0 or done == training.steps):
+            return False
+        records = (self.run_dir / "metrics.jsonl").read_text().splitlines()
+        return not any(f'"step": {done}, "validation_loss"' in record for record in records)
+
     def close(self) -> None:
         if self.here.is_main:
             self.file.close()

@@ -1,11 +1,12 @@
 """The loop: steps, log lines, validation, checkpoints, until the budget is spent or a signal comes.
 
-done = train(config, here, model, optimizer, data, layout, record, done_steps, watch)
+done, stopped = train(config, here, model, optimizer, data, layout, record, done_steps, watch)
 """
 
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -18,7 +19,7 @@ from megatron_ext.config.batch_sizes import BatchSizes
 from megatron_ext.data.blend import Layout, micro_batches
 from megatron_ext.errors import Verdict
 from megatron_ext.training.journal import Journal
-from megatron_ext.training.step import Batch, evaluate_loss, train_step
+from megatron_ext.training.step import Batch, evaluate_loss, on_any_rank, train_step
 from megatron_ext.training.supervision import Supervision
 from megatron_ext.world import World
 
@@ -35,19 +36,24 @@ def train(
     record: dict[str, Any],
     done_steps: int,
     watch: Supervision,
-) -> int:
-    """Train from `done_steps` on; returns the steps done, all of them or those before a signal.
+) -> tuple[int, bool]:
+    """Train from `done_steps` on; returns the steps done and whether a signal ended it before all
+    steps and the last validation were.
 
     `record` goes into every checkpoint. Raises Verdict: too many skipped steps in a row, or a last
     state that could not be saved.
     """
     steps = config.training.steps
-    batches = TimedIterator(micro_batches(data[0], config, layout, done_steps, steps))
+    batches = TimedIterator(micro_batches(data[0], config, layout, done_steps, steps), watch)
     journal = Journal(config, here, done_steps)
     saver = Saver(config, record, done_steps)
+    validate = partial(validation, model, data[1], config, layout, journal, watch)
     done, skips, stop = done_steps, 0, False
+    if done and on_any_rank(journal.lacks_validation(done)):
+        stop = validate(done)  # which a signal cut short before this start
     while done < steps and not stop:
         started, batches.waited = time.monotonic(), 0.0
+        watch.phase("compute", step=done + 1)
         result = train_step(
             done, batches, model, optimizer, config, stop_requested=watch.stop_requested
         )
@@ -60,25 +66,50 @@ def train(
                 f"{skips} steps in a row had a non-finite gradient, the last at step {done}: "
                 "look at data and learning rate, then go on from the last checkpoint"
             )
-        if done == steps or (done % config.evaluation.interval == 0 and not stop):
-            full = BatchSizes(config.training.global_batch_size)
-            held_out = micro_batches(data[1], config, layout, 0, config.evaluation.batches, full)
-            journal.validation(
-                done, evaluate_loss(held_out, model, config, config.evaluation.batches)
-            )
+        if not stop and (done == steps or done % config.evaluation.interval == 0):
+            stop = validate(done)
         saver.poll()
         if done % config.checkpoint.interval == 0 or done == steps or stop:
+            watch.phase("save")
             saver.save(done, model, optimizer)
+            if done < steps and not stop:
+                stop = on_any_rank(watch.stop_requested)  # during the save
+    watch.phase("save")
     saver.close(done)
     journal.close()
-    return done
+    return done, stop
+
+
+def validation(
+    model: list[DistributedDataParallel],
+    dataset: Dataset,
+    config: Config,
+    layout: Layout,
+    journal: Journal,
+    watch: Supervision,
+    done: int,
+) -> bool:
+    """Measure the validation loss after `done` steps; returns whether a signal cut it short."""
+    count = config.evaluation.batches
+    full = BatchSizes(config.training.global_batch_size)
+    samples = micro_batches(dataset, config, layout, 0, count, full)
+    held_out = TimedIterator(samples, watch, between="evaluate")
+    loss = evaluate_loss(held_out, model, config, count, lambda: watch.stop_requested)
+    if loss is not None:
+        journal.validation(done, loss)
+    return loss is None
 
 
 class TimedIterator:
-    """An iterator that adds up, in `waited`, the seconds spent waiting for items."""
+    """An iterator that adds up, in `waited`, the seconds spent waiting for items, and tells the
+    watch of each: in the phase "load", and in `between` from then on."""
 
-    def __init__(self, items: Iterator[Batch]) -> None:
+    def __init__(
+        self, items: Iterator[Batch], watch: Supervision, between: str = "compute"
+    ) -> None:
         self.items = items
+        self.watch = watch
+        self.between = between
         self.waited = 0.0
 
     def __iter__(self) -> "TimedIterator":
@@ -86,7 +117,9 @@ class TimedIterator:
 
     def __next__(self) -> Batch:
         started = time.monotonic()
+        self.watch.phase("load")
         try:
             return next(self.items)
         finally:
+            self.watch.phase(self.between)
             self.waited += time.monotonic() - started

@@ -70,6 +70,14 @@ def read_status(run_dir: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def ended_since(run_dir: Path, start: float) -> dict[str, Any] | None:
+    """The status, if it tells of an end after `start` (seconds since the epoch)."""
+    status = read_status(run_dir)
+    if status is None or status["state"] in ("starting", "running"):
+        return None
+    return status if datetime.fromisoformat(status["time"]).timestamp() >= start else None
+
+
 def claim_error(run_dir: Path, text: str, since: float) -> bool:
     """Whether this process is the first of its run to tell of an error, whose text then becomes
     error.txt; the others had better be silent. An error.txt of before `since` (seconds since the

@@ -8,7 +8,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,22 +70,35 @@ def train_step(
     return StepResult(loss_sum / tokens, grad_norm, lr, skipped=not finite, stop=stop > 0)
 
 
-def evaluate_loss(batches: Batches, model: Model, config: Config, count: int) -> float:
-    """Mean loss in nats a token over `count` global batches, without gradients, on every rank."""
+def evaluate_loss(
+    batches: Batches,
+    model: Model,
+    config: Config,
+    count: int,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean loss in nats a token over `count` global batches, without gradients, on every rank.
+    None when some rank was asked to stop meanwhile; all stop after the same batch."""
     for chunk in model:
         chunk.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals, stop = torch.zeros(2, dtype=torch.float64), 0.0
     with torch.no_grad():
         for _ in range(count):
-            loss_sum, tokens, _stop = _sum_over_ranks(
-                forward_backward(
-                    batches, model, config, config.training.global_batch_size, forward_only=True
-                )
+            losses = forward_backward(
+                batches, model, config, config.training.global_batch_size, forward_only=True
             )
+            loss_sum, tokens, stop = _sum_over_ranks(losses, stop_requested())
             totals += torch.tensor([loss_sum, tokens], dtype=torch.float64)
+            if stop:
+                break
     for chunk in model:
         chunk.train()
-    return (totals[0] / totals[1]).item()
+    return None if stop else (totals[0] / totals[1]).item()
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Whether the flag is set on some rank; called by every rank."""
+    return _sum_over_ranks([], flag)[2] > 0
 
 
 def forward_backward(

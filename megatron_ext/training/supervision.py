@@ -1,18 +1,23 @@
-"""The watch over one process of a run: signals, the run's status, and how it ends. Needs no torch.
+"""The watch over one process of a run: signals, heartbeat, the run's status, and how it ends.
 
     with Supervision(config) as watch:
         watch.start()                   # from here on there is a run folder, and status.json in it
         watch.hold(first_step)          # from here on there is something to save
+        watch.phase("compute", step=12) # where this rank is, for its heartbeat
         ... watch.stop_requested        # after each step
         watch.ended(done)               # finished, or stopped by a signal with a checkpoint
 
 An exception that passes through is told of once: the rank that meets it first writes error.txt and
-status.json and prints it, and those that only lost the connection to that rank are silent.
+status.json and prints it; those that only lost the connection to that rank are silent, and those
+that do not notice, as they wait in a collective, see status.json and leave. Local rank 0 of each
+node starts the watchdog, which ends those that cannot. Needs no torch.
 """
 
 import math
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -23,9 +28,18 @@ import psutil
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError, Verdict
 from megatron_ext.launch import launched_as
-from megatron_ext.training.status import State, claim_error, forget_error, write_status
+from megatron_ext.training.heartbeat import Heartbeat, beat_interval, forget_heartbeats
+from megatron_ext.training.status import (
+    State,
+    claim_error,
+    ended_since,
+    forget_error,
+    write_status,
+)
 from megatron_ext.training.watch import StopSignals
 
+# How long the heartbeat's thread leaves the main thread to end by itself, in seconds.
+_LEAVING_S = 2.0
 # How long a rank that lost its connection waits for the one that knows why to say so, in seconds.
 _PATIENCE_S = 5.0
 
@@ -36,6 +50,7 @@ class Supervision:
     def __init__(self, config: Config) -> None:
         self.run_dir = config.training.run_dir
         self.steps = config.training.steps
+        self.faults = config.faults
         self.rank, self.size, self.local_rank = launched_as()
         self.signals = StopSignals(self._stopped_before_the_first_step)
         self.step: int | None = None  # steps done, once training has begun
@@ -43,6 +58,14 @@ class Supervision:
         minutes = config.training.exit_duration_in_mins
         self._until = math.inf if minutes is None else self._since + 60 * minutes
         self._started = False
+        self._ended_at = math.inf  # when this process saw that the run had ended
+        self._heart = Heartbeat(
+            self.run_dir,
+            self.rank,
+            self.size,
+            beat_interval(self.faults.hang_timeout_s),
+            self._follow,
+        )
 
     def __enter__(self) -> "Supervision":
         self.signals.__enter__()
@@ -55,6 +78,8 @@ class Supervision:
         trace: TracebackType | None,
     ) -> None:
         self.signals.__exit__()
+        if self._started:
+            self._leave()
         if isinstance(error, KeyboardInterrupt):
             self._write("stopped", "SIGINT twice: steps after the last checkpoint are lost", True)
         elif isinstance(error, Exception) and self._started:
@@ -72,7 +97,27 @@ class Supervision:
         self._started = True
         if self.rank == 0:
             forget_error(self.run_dir, self._since)
+            forget_heartbeats(self.run_dir, self.size)
             self._write("starting", "imports, data, model, checkpoint", requeue=True)
+        self._heart.start()
+        if self.local_rank == 0:
+            self._watchdog = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "megatron_ext.training.watchdog", str(self.run_dir)),
+                    *("--hang-timeout", str(self.faults.hang_timeout_s)),
+                    *("--startup-timeout", str(self.faults.startup_timeout_s)),
+                    *("--since", str(self._since)),
+                ],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is not for it
+            )
+
+    def phase(self, name: str, step: int | None = None) -> None:
+        """This rank got somewhere; an unset step stays what it was. Costs a microsecond."""
+        if step is not None:
+            self.step = step - 1  # those done
+        self._heart.phase(name, step)
 
     def hold(self, first_step: int) -> None:
         """Training begins after `first_step` steps: from now on a signal is remembered."""
@@ -89,10 +134,10 @@ class Supervision:
                 steps=self.steps,
             )
 
-    def ended(self, done: int) -> str:
+    def ended(self, done: int, stopped: bool) -> str:
         """Say that the run ended after `done` steps and a checkpoint; returns how, in words."""
         self.step = done
-        state: State = "finished" if done == self.steps else "stopped"
+        state: State = "stopped" if stopped else "finished"
         if state == "finished":
             reason = f"finished: {done} steps in {self.run_dir}"
         else:
@@ -103,6 +148,9 @@ class Supervision:
             )
             reason = f"stopped by {cause} after step {done}, checkpoint saved: "
             reason += "run the same command to go on"
+            if self.signals.received:
+                waited = time.monotonic() - self.signals.received_at
+                reason += f" ({waited:.1f} s after the signal)"
         if self.rank == 0:
             self._write(state, reason, requeue=state == "stopped")
         return reason
@@ -110,7 +158,14 @@ class Supervision:
     def report(self, error: Exception) -> None:
         """Print an exception and write it down, unless another rank has told of its own."""
         if _lost_connection(error):
-            time.sleep(_PATIENCE_S)  # the rank that knows the cause speaks first
+            # The rank that knows the cause speaks first, or the watchdog of a rank that was killed.
+            patience = time.monotonic() + _PATIENCE_S
+            while not (ended := ended_since(self.run_dir, self._since)):
+                if time.monotonic() > patience:
+                    break
+                time.sleep(0.1)
+            if ended and ended["state"] == "stopped":  # another rank, before its first step
+                os._exit(0)
         plain = isinstance(error, (UserError, Verdict))
         text = str(error) if plain else "".join(traceback.format_exception(error))
         if self._started and not claim_error(self.run_dir, text, self._since):
@@ -126,6 +181,25 @@ class Supervision:
         where = f"rank {self.rank} of {self.size} on {first['host']}: " if self.size > 1 else ""
         print(f"error: {text}" if plain else where + text, file=sys.stderr, flush=True)
 
+    def _follow(self) -> None:
+        """In the heartbeat's thread: leave a run that has ended elsewhere, for the main thread may
+        wait for a rank that is gone. A run that stops with a checkpoint ends by itself."""
+        status = ended_since(self.run_dir, self._since)
+        if not status or (status["pid"], status["host"]) == (os.getpid(), socket.gethostname()):
+            return
+        before_first_step = status["state"] == "stopped" and not self.signals.holding
+        if not before_first_step and status["state"] not in ("failed", "hung"):
+            return
+        self._ended_at = min(self._ended_at, time.monotonic())
+        if time.monotonic() - self._ended_at >= _LEAVING_S:  # which is time to leave tidily
+            sys.stdout.flush()
+            os._exit(0 if before_first_step else 1)
+
+    def _leave(self) -> None:
+        self._heart.end()
+        if self.local_rank == 0:
+            self._watchdog.send_signal(signal.SIGTERM)  # it looks for our end at once
+
     def _write(
         self, state: State, reason: str, requeue: bool, error: dict[str, object] | None = None
     ) -> None:
@@ -137,7 +211,6 @@ class Supervision:
         reason = f"stopped by {name} before the first step"
         self._write("stopped", reason, requeue=True)
         print(reason, flush=True)
-        # Not by an exception: leaving the process groups could wait for ranks that hang.
         os._exit(0)
 
 
