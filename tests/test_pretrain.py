@@ -9,7 +9,7 @@ from tests.conftest import metrics, pretrain
 
 METRICS = {
     "step", "tokens", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "tflops_per_gpu",
-    "mfu", "memory_gb", "data_wait_s", "skipped",
+    "mfu", "memory_gb", "data_wait_s", "checkpoint_stall_s", "skipped",
 }  # fmt: skip
 
 
