@@ -2,6 +2,7 @@
 #   make demo CORPUS=my_texts/       the demo on your own files (.txt, .jsonl, a folder)
 #   make test-slow                   everything, the long tests too
 #   make test-slurm                  jobs on a real Slurm: apt-get install slurmctld slurmd munge
+#   make chaos ROUNDS=100            kill a training run so often, and compare it with one left alone
 #   make lint                        ruff and mypy
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-slurm lint format docs clean
+.PHONY: demo test test-slow chaos test-slurm lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +27,9 @@ test-slow: $(INSTALLED)
 
 test-slurm: $(INSTALLED)
 	@$(BIN)/python -m pytest -m slurm
+
+chaos: $(INSTALLED)
+	@$(BIN)/python -m tests.chaos --rounds $(or $(ROUNDS),100)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

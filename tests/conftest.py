@@ -26,7 +26,11 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of token files made by the command-line tools from the interpreter's own library."""
-    folder = tmp_path_factory.mktemp("corpus")
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def make_corpus(folder: Path) -> Path:
+    """The same, in a folder of one's own."""
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]
     with (folder / "docs.jsonl").open("w") as out:
         for source in sources:

@@ -29,15 +29,18 @@ def main() -> None:
         written = sharded.save(Path(sys.argv[2]), step, model, optimizer, record)
 
         # The same file through Megatron-Core's own loader.
-        ours = {name: x.detach().clone() for name, x in model[0].named_parameters()}
-        (module,) = bare(model)
-        for parameter in module.parameters():
-            parameter.data.zero_()
-        state = module.sharded_state_dict()
-        state = {key: x for key, x in state.items() if not isinstance(x, ShardedObject)}
-        module.load_state_dict(dist_checkpointing.load(state, str(written)), strict=False)
-        for name, parameter in model[0].named_parameters():
-            assert torch.equal(parameter, ours[name]), name
+        for module in bare(model):
+            ours = {name: x.detach().clone() for name, x in module.named_parameters()}
+            for parameter in module.parameters():
+                parameter.data.zero_()
+            state = module.sharded_state_dict()
+            state = {key: x for key, x in state.items() if not isinstance(x, ShardedObject)}
+            loaded = dist_checkpointing.load(
+                state, str(written), validate_access_integrity=len(model) == 1
+            )
+            module.load_state_dict(loaded, strict=False)
+            for name, parameter in module.named_parameters():
+                assert torch.equal(parameter, ours[name]), name
 
 
 if __name__ == "__main__":

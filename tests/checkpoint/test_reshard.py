@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.checkpoint.chunks import Chunk
-from megatron_ext.checkpoint.storage import read_chunks, read_index
+from tests.checkpoint.tensors import differing, tensors
 from tests.conftest import environment, launch, metrics, pretrain
 
 LAYOUTS = {
@@ -22,6 +21,8 @@ LAYOUTS = {
     "TP2 DP2, distributed": (4, ["parallel.tensor=2", "parallel.distributed_optimizer=true"]),
     "TP4": (4, ["parallel.tensor=4"]),
     "PP4": (4, ["parallel.pipeline=4"]),
+    "PP2 VPP2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "CP2, distributed": (2, ["parallel.context=2", "parallel.distributed_optimizer=true"]),
     "TP2 PP2 DP2": (8, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "TP2 PP2 DP2, distributed": (
         8,
@@ -44,22 +45,8 @@ def rewrite(config_file: Path, target: Path, layout: str, *settings: str) -> Pat
     return written
 
 
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint as a whole, but for the random numbers, which are a rank's."""
-    chunks = {}
-    for key, whole in read_index(checkpoint).state_dict_metadata.items():
-        if not key.startswith("rng."):
-            tensor = torch.empty(whole.size, dtype=whole.properties.dtype)
-            chunks[key] = Chunk(key, tuple(whole.size), (0,) * len(whole.size), tensor)
-    read_chunks(checkpoint, list(chunks.values()))
-    return {key: chunk.tensor for key, chunk in chunks.items()}
-
-
 def assert_same_tensors(ours: Path, reference: Path) -> None:
-    a, b = tensors(ours), tensors(reference)
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
+    assert differing(tensors(ours), tensors(reference)) == []
     steps = [json.loads((c / "run.json").read_text())["optimizer_steps"] for c in (ours, reference)]
     assert steps[0] == steps[1] > 0
 

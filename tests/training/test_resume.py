@@ -58,11 +58,11 @@ LONG = ["training.steps=400", "schedule.type=constant", "checkpoint.interval=10"
     ("processes", "settings"),
     [
         (1, []),
-        (2, ["parallel.distributed_optimizer=true"]),
+        # Two processes with the distributed optimizer: tests/chaos.
         pytest.param(1, ["precision.dtype=bf16"], marks=pytest.mark.slow),
         pytest.param(4, ["parallel.tensor=2", "parallel.pipeline=2"], marks=pytest.mark.slow),
     ],
-    ids=["one process", "distributed optimizer", "bf16", "tensor and pipeline"],
+    ids=["one process", "bf16", "tensor and pipeline"],
 )
 def test_killed_run_repeats_the_same_losses_bit_for_bit(
     processes: int, settings: list[str], config_file: Path, tmp_path: Path
