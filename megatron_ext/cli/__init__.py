@@ -30,6 +30,8 @@ COMMANDS = (
     "export-hf",
     "import-hf",
     "report",
+    "sweep",
+    "status",
     "doctor",
 )
 

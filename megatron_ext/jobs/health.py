@@ -7,6 +7,7 @@ On a node without GPUs (gpus=0) the site's command is all there is to ask.
 """
 
 import datetime
+import multiprocessing
 import socket
 import subprocess
 
@@ -37,8 +38,6 @@ def gpu_problem(gpus: int, listing: str) -> str:
 
 def all_reduce_problem(ranks: int, timeout_s: float = _ALL_REDUCE_S) -> str:
     """Let one process a GPU (or, without CUDA, a CPU) add up a tensor over this node."""
-    import torch.multiprocessing as multiprocessing
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

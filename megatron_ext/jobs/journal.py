@@ -3,8 +3,8 @@
     record(run_dir, "began", log="slurm/logs/pretrain-12.out", step=1000)
     lives = read(run_dir)                    # every start of every job, in order
 
-A line names event, time (seconds since 1970), job id and restart (0 in a job's first life). It is
-appended by one batch script at a time. Needs no torch.
+A line names event, time (seconds since 1970), job id and restart (0 in a job's first life). Jobs
+that evaluate the run are written down too, with what="evaluate". Needs no torch.
 """
 
 import json
@@ -52,6 +52,8 @@ def read(run_dir: Path) -> list[Life]:
     for text in file.read_text().splitlines() if file.is_file() else []:
         try:
             line = json.loads(text)
+            if line.get("what", "train") != "train":
+                continue
             key = (line["job"], line["restart"])
             life = lives.get(key, Life(*key))
             began = line if line["event"] == "began" else life.began

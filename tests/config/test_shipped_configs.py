@@ -14,7 +14,9 @@ CONFIGS = ROOT / "configs"
 # A file that only others inherit from may leave out what they differ in.
 PARTS = {"demo/common.yaml": "rope.base=1e4"}
 SHIPPED = sorted(
-    str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if p.parent.name != "data"
+    str(p.relative_to(CONFIGS))
+    for p in CONFIGS.rglob("*.yaml")
+    if p.parent.name not in ("data", "sweeps")
 )
 SWEEP = ("1e2", "5e2", "1e3", "1e4", "1e5", "2e5", "5e5", "1e6", "5e6")
 

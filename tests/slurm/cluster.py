@@ -54,9 +54,9 @@ class Cluster:
                 f"--socket={run}/munge.socket", f"--pid-file={run}/munged.pid",
                 f"--seed-file={run}/munged.seed", f"--log-file={run}/munged.log",
             )  # fmt: skip
-            self._until((run / "munge.socket").exists, "munged is ready")
+            self.until((run / "munge.socket").exists, "munged is ready")
             self._start("slurmctld", "-D")
-            self._until(lambda: " UP" in self.run("scontrol", "ping").stdout, "slurmctld answers")
+            self.until(lambda: " UP" in self.run("scontrol", "ping").stdout, "slurmctld answers")
             for name in self.names if not self.controller_only else []:
                 self.start_node(name)
         except BaseException:
@@ -88,14 +88,14 @@ class Cluster:
         line = self.run("scontrol", "show", "job", "--oneliner", job).stdout.splitlines()[0]
         return dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(\S*)", line))
 
-    def wait(self, job: str, timeout: float = 120) -> dict[str, str]:
+    def wait(self, job: str, timeout: float = 300) -> dict[str, str]:
         """Wait until no part of the job is active; then its fields."""
 
         def ended() -> bool:
             text = self.run("scontrol", "show", "job", "--oneliner", job).stdout
             return not ACTIVE & set(re.findall(r"JobState=(\w+)", text))
 
-        self._until(ended, f"job {job} ends", timeout)
+        self.until(ended, f"job {job} ends", timeout)
         return self.job(job)
 
     def log(self) -> str:
@@ -118,7 +118,7 @@ class Cluster:
             state = self.run("sinfo", "--noheader", f"--nodes={name}", "--format=%T").stdout
             return state.split()[:1] in (["idle"], ["mixed"], ["allocated"])
 
-        self._until(registered, f"{name} registers")
+        self.until(registered, f"{name} registers")
 
     def rank_pid(self, job: str, rank: int) -> int:
         """Process of one rank of the job's training, as soon as there is one."""
@@ -129,7 +129,7 @@ class Cluster:
             found[:] = [pid for pid, words in _processes(*marks) if "pretrain.py" in words]
             return bool(found)
 
-        self._until(there, f"rank {rank} of job {job} starts")
+        self.until(there, f"rank {rank} of job {job} starts")
         return found[0]
 
     # -- how
@@ -220,7 +220,8 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=7-00:00:00 DefMemPerCPU=15625 S
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
-    def _until(self, ready: Callable[[], bool], what: str, timeout: float = 60) -> None:
+    def until(self, ready: Callable[[], bool], what: str, timeout: float = 180) -> None:
+        """Wait; fails with the controller's last words."""
         deadline = time.monotonic() + timeout
         while not ready():
             assert time.monotonic() < deadline, (

@@ -11,9 +11,7 @@ from tests.conftest import ROOT, metrics, pretrain
 from tests.slurm.cluster import ACTIVE, Cluster, missing_programs
 
 NODES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
-# Steps of a constant rate, so that the same run may be as long as a test needs.
 STEPS = 80
-SETTINGS = [f"training.steps={STEPS}", "schedule.type=constant", "checkpoint.interval=20"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,7 +81,7 @@ def log_of(run_dir: Path, job: str) -> str:
 
 def wait_for_life(cluster: Cluster, run_dir: Path, job: str, restart: int) -> None:
     """Until the job has begun again so many times, and wrote so."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not any(life.job == job and life.restart >= restart for life in journal.read(run_dir)):
         assert time.monotonic() < deadline, log_of(run_dir, job)
         time.sleep(0.05)
@@ -91,7 +89,7 @@ def wait_for_life(cluster: Cluster, run_dir: Path, job: str, restart: int) -> No
 
 def wait_for_step(cluster: Cluster, run_dir: Path, job: str, step: int) -> None:
     """Until metrics.jsonl tells of the step."""
-    file, deadline = run_dir / "metrics.jsonl", time.monotonic() + 90
+    file, deadline = run_dir / "metrics.jsonl", time.monotonic() + 240
     while not (file.is_file() and f'"step": {step},' in file.read_text()):
         state = cluster.job(job)["JobState"]
         assert state in ACTIVE, (state, log_of(run_dir, job))

@@ -4,17 +4,32 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from megatron_ext.checkpoint.manifest import find_checkpoints
 from megatron_ext.jobs import journal
+from megatron_ext.jobs.state import RunState, states
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import (
     NODES,
+    STEPS,
     log_of,
     numbers,
     sbatch,
     wait_for_life,
     wait_for_step,
 )
+
+
+@pytest.fixture(autouse=True)
+def same_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process asks Slurm, it asks this cluster."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+
+
+def state(run_dir: Path) -> RunState:
+    (found,) = states([run_dir])
+    return found
 
 
 def finish(cluster: Cluster, run_dir: Path, job: str) -> dict[str, str]:
@@ -40,9 +55,14 @@ def test_signal_saves_requeues_and_goes_on(
     job = sbatch(cluster, run_dir, training)
     wait_for_step(cluster, run_dir, job, 13)
     cluster.run("scancel", "--signal=USR1", "--batch", job)
+    cluster.until(lambda: cluster.job(job)["JobState"] == "PENDING", "the job is queued again")
+    again = state(run_dir)
+    assert again.state == "queued" and "stopped by a signal after step" in again.reason
     fields = finish(cluster, run_dir, job)
     assert fields["Restarts"] == "1"
     assert numbers(run_dir) == reference
+    done = state(run_dir)
+    assert (done.state, done.step, done.starts, done.job) == ("finished", STEPS, 2, job)
 
 
 def test_dead_node_requeue_from_outside_and_crashed_rank_cost_only_steps(
@@ -83,6 +103,7 @@ def test_the_same_failure_at_the_same_step_is_not_requeued_for_ever(
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "1"), log_of(run_dir, job)
     assert "verdict: stop, failed twice at step 0: " in log_of(run_dir, job)
+    assert state(run_dir).state == "failed" and "task 1: Killed" in state(run_dir).reason
 
 
 def test_a_job_that_its_user_cancels_saves_and_stays_away(
@@ -91,15 +112,24 @@ def test_a_job_that_its_user_cancels_saves_and_stays_away(
     run_dir = tmp_path / "run"
     job = sbatch(cluster, run_dir, training, "training.steps=4000")
     wait_for_step(cluster, run_dir, job, 3)
+    found = state(run_dir)
+    assert (found.state, found.job, found.starts) == ("running", job, 1)
+    assert found.step >= 3 and found.eta_s is not None and found.eta_s > 0
     cluster.run("scancel", job)
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
     assert find_checkpoints(run_dir)
+    assert state(run_dir).state == "stopped" and "SIGTERM" in state(run_dir).reason
 
 
 def test_mistakes_and_bad_nodes_are_told_before_any_rank_starts(
     cluster: Cluster, training: Path, tmp_path: Path
 ) -> None:
+    held = sbatch(cluster, tmp_path / "held", training, options=("--hold",))
+    waiting = state(tmp_path / "held")  # known from the queue alone: there is no folder yet
+    assert (waiting.state, waiting.job, waiting.reason) == ("queued", held, "JobHeldUser")
+    cluster.run("scancel", held)
+
     # Two jobs at once: neither computes anything.
     wrong = sbatch(cluster, tmp_path / "wrong", training, "training.global_batch_size=7")
     run_dir = tmp_path / "run"
@@ -109,6 +139,8 @@ def test_mistakes_and_bad_nodes_are_told_before_any_rank_starts(
     assert cluster.wait(wrong)["ExitCode"] == "2:0"
     log = log_of(tmp_path / "wrong", wrong)
     assert "training.global_batch_size=7" in log and "Traceback" not in log
+    found = state(tmp_path / "wrong")
+    assert found.state == "failed" and found.reason.startswith("training.global_batch_size=7")
 
     fields = finish(cluster, run_dir, job)
     assert (fields["Restarts"], fields["ExcNodeList"]) == ("1", "127.0.0.1")
