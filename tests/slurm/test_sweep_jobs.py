@@ -38,7 +38,8 @@ evaluate: [--lengths, "64,128", --max-tokens, 2000]
     )
     lines = sweep(cluster, file, "--submit", "--sbatch", SBATCH.format(tmp_path)).splitlines()
     assert [line.split(": ")[1] for line in lines] == [
-        "train base_100", "evaluate base_100", "train base_10000", "evaluate base_10000", "report two",
+        "train base_100", "evaluate base_100", "train base_10000", "evaluate base_10000",
+        "report two",
     ]  # fmt: skip
     # Called again while they wait or run, it submits no arm twice.
     again = sweep(cluster, file, "--submit", "--dry-run")
