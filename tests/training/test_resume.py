@@ -153,8 +153,11 @@ def test_damaged_newest_checkpoint_is_named_and_the_older_one_used(
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
+    found = f"{shard} has the right size but not the content that was written"
+    printed = pretrain(*common, "checkpoint.on_damage=refuse", code=2)
+    assert f"error: {found}; checkpoint.on_damage=refuse" in printed
     printed = pretrain(*common)
-    assert f"{shard} has the right size but not the content that was written" in printed
+    assert found in printed
     assert "resuming after step 10" in printed
 
 
@@ -169,6 +172,9 @@ def test_refused_resume_leaves_the_run_folder_as_it_was(config_file: Path, tmp_p
     assert (status["state"], status["requeue"]) == ("failed", False)
     assert "data.seed: 1234 -> 7" in status["reason"]
     assert before == content(tmp_path / "run")
+    printed = pretrain(config_file, *refused, "checkpoint.on_data_change=allow")
+    assert "not what the checkpoint was trained on: data.seed: 1234 -> 7" in printed
+    assert "resuming after step 2" in printed
 
 
 def content(run_dir: Path) -> dict[Path, bytes]:
