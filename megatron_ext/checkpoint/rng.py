@@ -22,7 +22,9 @@ def random_state() -> dict[str, torch.Tensor]:
     _, keys, place, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     state = {
         # 32-bit words and a float, all exact in float64; NaN stands for Python's None.
-        "python": torch.tensor([*words, float("nan") if gauss is None else gauss]).double(),
+        "python": torch.tensor(
+            [*words, float("nan") if gauss is None else gauss], dtype=torch.float64
+        ),
         "numpy": torch.tensor([*keys.tolist(), place, has_gauss, cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }

@@ -59,6 +59,8 @@ def test_rewritten_at_another_layout_every_tensor_is_the_same(
     processes, layout = LAYOUTS["TP2 DP2, distributed"]
     pretrain(config_file, *common, *layout, processes=processes)
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    sizes = [file.stat().st_size for file in saved.glob("*.distcp")]
+    assert len(sizes) == 4 and max(sizes) < 1.3 * sum(sizes) / 4  # no rank holds it all
     kept = tensors(saved)
     weight = kept["embedding.word_embeddings.weight"]
     master = kept["optimizer.state.fp32_param.embedding.word_embeddings.weight"]
