@@ -1,18 +1,32 @@
 """A Hugging Face config.json and ours: the same model in the other's words. Needs no torch.
 
     config_to_hf(config, vocab_size=32000, dtype="bfloat16")     # what config.json holds
-    shape, notes = config_from_hf(json.loads(text))              # sections model, rope and training
+    sections, notes = config_from_hf(read_hf_config(folder))       # model, rope and training
+    config = config_of_folder(folder)                            # the same with defaults around it
 
 Known are Llama, Mistral, Qwen2 and Baichuan with rotary positions. Refuses (UserError) what our
 model is not: other architectures and activations, sliding windows, ALiBi, biases besides those of
 q, k and v; and, on the way out, a RoPE rule that transformers has no name for.
 """
 
+import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import Config
+from megatron_ext.config.files import to_config
+from megatron_ext.config.yaml_text import dump, read_mapping
 from megatron_ext.errors import UserError
 from megatron_ext.rope.frequencies import rope_from_hf, rope_to_hf
+
+# Fine-tuning as in the paper (arXiv 2405.14591, Table 4), for the config that an import writes.
+_FINE_TUNING: dict[str, dict[str, Any]] = {
+    "training": {"global_batch_size": 128, "micro_batch_size": 1, "steps": 1000},
+    "optimizer": {"lr": 2e-5, "weight_decay": 0.0},
+    "schedule": {"type": "constant"},
+}
+
 
 HfConfig = dict[str, Any]
 """What a config.json holds."""
@@ -113,6 +127,71 @@ def config_from_hf(hf: HfConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
         "training": {"sequence_length": hf["max_position_embeddings"]},
     }
     return sections, notes
+
+
+def check_installed(*packages: str) -> None:
+    """Raise UserError when a package of the `hf` extra is missing."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"this needs the package {package}: pip install 'megatron-ext[hf]'")
+
+
+def read_hf_config(folder: Path) -> HfConfig:
+    """Its config.json. Raises UserError."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"{folder} has no config.json: name the folder of a Hugging Face model"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is not JSON: {error}") from None
+
+
+def imported_config(
+    folder: Path, output: Path, hf: HfConfig, tensor: int, pipeline: int
+) -> tuple[str, list[str]]:
+    """YAML of a run that fine-tunes the folder's model from `output`, and remarks. Raises
+    UserError."""
+    sections, notes = config_from_hf(hf)
+    model = sections["model"]
+    missing = -model["vocab_size"] % tensor
+    if missing:
+        model["vocab_size"] += missing
+        notes.append(
+            f"vocabulary filled up by {missing} rows to {model['vocab_size']}, which "
+            f"--tensor {tensor} divides; export-hf --vocab-size {hf['vocab_size']} cuts them off"
+        )
+    tokenizer = next(
+        (folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).is_file()), None
+    )
+    dtype = hf.get("dtype") or hf.get("torch_dtype")
+    run = {
+        **sections,
+        "data": {"tokenizer": str(tokenizer.resolve())} if tokenizer else {},
+        "training": {
+            **sections["training"],
+            **_FINE_TUNING["training"],
+            "init_from": str(output),
+            "run_dir": f"{output}-finetuned",
+        },
+        "optimizer": _FINE_TUNING["optimizer"],
+        "schedule": _FINE_TUNING["schedule"],
+        "parallel": {"tensor": tensor, "pipeline": pipeline},
+        "precision": {"dtype": "fp32" if dtype == "float32" else "bf16"},
+    }
+    head = (
+        f"# Made by megatron-ext import-hf from {folder.name}: its model and RoPE,\n"
+        "# and the paper's fine-tuning (arXiv 2405.14591, Table 4). Add data.corpora, and set\n"
+        "# what the arm changes, such as rope.base and training.sequence_length.\n"
+    )
+    return head + dump(run), notes
+
+
+def config_of_folder(folder: Path) -> Config:
+    """Our config of a folder's model, with the paper's fine-tuning around it. Raises UserError."""
+    text, _ = imported_config(folder, folder, read_hf_config(folder), tensor=1, pipeline=1)
+    return to_config(read_mapping(text, f"{folder / 'config.json'}"), f"{folder / 'config.json'}")
 
 
 def architecture(hf: HfConfig) -> str:

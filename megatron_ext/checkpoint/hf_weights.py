@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ext.checkpoint.chunks import Chunk, state_chunks
+from megatron_ext.checkpoint.hf_config import check_installed, is_norm_head, read_hf_config
 from megatron_ext.checkpoint.storage import read_chunks, read_index
 from megatron_ext.config import Model
 from megatron_ext.errors import UserError
@@ -136,6 +137,7 @@ class FolderWeights:
 
 def _open(file: Path) -> Any:
     if file.suffix == ".safetensors":
+        check_installed("safetensors")
         from safetensors import safe_open
 
         return safe_open(file, framework="pt")
@@ -212,3 +214,9 @@ def fill(model: GPTModel, weights: Imported) -> None:
         for axis, start in enumerate(chunk.offset[len(layer) :]):
             whole = whole.narrow(axis, start, chunk.tensor.shape[len(layer) + axis])
         chunk.tensor.copy_(whole.view(chunk.tensor.shape))
+
+
+def load_folder(folder: Path, shape: Model, model: GPTModel) -> None:
+    """Fill the model with the weights of a Hugging Face folder. Raises UserError."""
+    norm_head = is_norm_head(read_hf_config(folder))
+    fill(model, Imported(shape, FolderWeights(folder), norm_head))

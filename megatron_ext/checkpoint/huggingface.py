@@ -9,8 +9,6 @@ Everything is written under a temporary name and renamed. Refuses (UserError) wh
 cannot say in the other's words, damaged checkpoints, and an output that is there already.
 """
 
-import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,29 +20,15 @@ from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint.hf_config import (
     HfConfig,
     architecture,
-    config_from_hf,
+    check_installed,
     config_to_hf,
-    is_norm_head,
+    imported_config,
+    read_hf_config,
 )
 from megatron_ext.config import Config, load_config
 from megatron_ext.config.layout import in_layout
-from megatron_ext.config.yaml_text import dump
 from megatron_ext.data.corpora import tokenizer_path
 from megatron_ext.errors import UserError
-
-# Fine-tuning as in the paper (arXiv 2405.14591, Table 4), for the config that an import writes.
-_FINE_TUNING: dict[str, dict[str, Any]] = {
-    "training": {"global_batch_size": 128, "micro_batch_size": 1, "steps": 1000},
-    "optimizer": {"lr": 2e-5, "weight_decay": 0.0},
-    "schedule": {"type": "constant"},
-}
-
-
-def check_installed() -> None:
-    """Raise UserError when the packages of the `hf` extra are missing."""
-    for package in ("transformers", "safetensors"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"this needs the package {package}: pip install 'megatron-ext[hf]'")
 
 
 def export_hf(
@@ -57,7 +41,7 @@ def export_hf(
     which lies in the folder as proof.json. Raises UserError, and RuntimeError when the logits
     differ.
     """
-    check_installed()
+    check_installed("transformers", "safetensors")
     run_dir, checkpoint = manifest.find_run(source)
     config = load_config(run_dir / "config.yaml")
     rows = _rows_to_keep(config, vocab_size)
@@ -98,7 +82,7 @@ def import_hf(
     proof.json (`proved` is null for architectures that transformers does not know itself). Raises
     UserError, and RuntimeError when the logits differ.
     """
-    check_installed()
+    check_installed("transformers", "safetensors")
     hf = read_hf_config(folder)
     text, notes = imported_config(folder, output, hf, tensor, pipeline)
     with _whole_or_nothing(output) as run_dir:
@@ -120,58 +104,6 @@ def import_hf(
     return result
 
 
-def read_hf_config(folder: Path) -> HfConfig:
-    """Its config.json. Raises UserError."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(
-            f"{folder} has no config.json: name the folder of a Hugging Face model"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not JSON: {error}") from None
-
-
-def imported_config(
-    folder: Path, output: Path, hf: HfConfig, tensor: int, pipeline: int
-) -> tuple[str, list[str]]:
-    """YAML of a run that fine-tunes the folder's model from `output`, and remarks. Raises
-    UserError."""
-    sections, notes = config_from_hf(hf)
-    model = sections["model"]
-    missing = -model["vocab_size"] % tensor
-    if missing:
-        model["vocab_size"] += missing
-        notes.append(
-            f"vocabulary filled up by {missing} rows to {model['vocab_size']}, which "
-            f"--tensor {tensor} divides; export-hf --vocab-size {hf['vocab_size']} cuts them off"
-        )
-    tokenizer = next(
-        (folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).is_file()), None
-    )
-    dtype = hf.get("dtype") or hf.get("torch_dtype")
-    run = {
-        **sections,
-        "data": {"tokenizer": str(tokenizer.resolve())} if tokenizer else {},
-        "training": {
-            **sections["training"],
-            **_FINE_TUNING["training"],
-            "init_from": str(output),
-            "run_dir": f"{output}-finetuned",
-        },
-        "optimizer": _FINE_TUNING["optimizer"],
-        "schedule": _FINE_TUNING["schedule"],
-        "parallel": {"tensor": tensor, "pipeline": pipeline},
-        "precision": {"dtype": "fp32" if dtype == "float32" else "bf16"},
-    }
-    head = (
-        f"# Made by megatron-ext import-hf from {folder.name}: its model and RoPE,\n"
-        "# and the paper's fine-tuning (arXiv 2405.14591, Table 4). Add data.corpora, and set\n"
-        "# what the arm changes, such as rope.base and training.sequence_length.\n"
-    )
-    return head + dump(run), notes
-
-
 def _write_checkpoint(config: Config, folder: Path, hf: HfConfig, run_dir: Path) -> str:
     """Build the model on this process, fill it, save it as step 0; returns the stored dtype."""
     import torch
@@ -190,9 +122,7 @@ def _write_checkpoint(config: Config, folder: Path, hf: HfConfig, run_dir: Path)
     )
     with world(alone):
         model = build_gpt(alone, transformer_config(alone))
-        hf_weights.fill(
-            model, hf_weights.Imported(alone.model, weights, norm_head=is_norm_head(hf))
-        )
+        hf_weights.load_folder(folder, alone.model, model)
         record = {"config": config.model_dump(mode="json"), "data": {}}
         sharded.save(run_dir, 0, [model], None, record)
     return {"bf16": "bfloat16", "fp32": "float32"}[stored]

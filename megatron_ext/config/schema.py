@@ -369,6 +369,13 @@ class Evaluation(Section):
     """Step of the sliding window: how many tokens each window scores anew."""
     max_tokens: int = setting(1_000_000, gt=0, unit="tokens")
     """Most tokens of text scored at each length."""
+    depths: int = setting(11, gt=0, unit="points")
+    """Retrieval: places of the fact in the context, evenly from 0 to 100%."""
+    samples: int = setting(10, gt=0, unit="prompts")
+    """Retrieval: prompts at each length and depth."""
+    seed: int = setting(1, ge=0)
+    """Retrieval: seed of the prompts. The same seed and tokenizer give the same prompts to every
+    model."""
 
 
 class Faults(Section):

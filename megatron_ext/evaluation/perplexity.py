@@ -1,7 +1,7 @@
 """Perplexity against context length, by a window that slides over each document.
 
-    plan = make_plan(run_dir, lengths=[1024, 4096, 16384])
-    with open_checkpoint(plan.config, plan.checkpoint) as scorer:
+    plan = make_plan(find_subject(run_dir), lengths=[1024, 4096, 16384])
+    with open_checkpoint(plan.subject.config, plan.subject.weights) as scorer:
         results = measure(plan, scorer)              # also in RUN/evaluation/perplexity.json
 
 A window of W tokens moves by the stride S: begin = 0, S, 2S, ..; each scores only the tokens past
@@ -14,7 +14,6 @@ A length that the file already holds for the same checkpoint, texts and settings
 again. Refuses lengths below 2. Needs no torch.
 """
 
-import hashlib
 import json
 import sys
 import time
@@ -27,16 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.errors import UserError as DataError
-from megatron_ext.checkpoint.manifest import MANIFEST, find_run, step_of, write_json
-from megatron_ext.config import Config, load_config
+from megatron_ext.checkpoint.manifest import write_json
+from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import texts as texts_
+from megatron_ext.evaluation.subject import Subject
 from megatron_ext.evaluation.texts import Tokens
 
 FORMAT = 1
 POSITION_BINS = 32  # of the longest window
-_TOKENS_AT_ONCE = 8192  # of one forward pass: enough to fill a CPU; a GPU is filled by long windows
+TOKENS_AT_ONCE = 8192  # of one forward pass: enough to fill a CPU; a GPU is filled by long windows
 
 AGGREGATION = {
     "token_weighted_perplexity": "exp(sum of losses / tokens scored)",
@@ -52,7 +51,7 @@ class Scoring(Protocol):
     parts: int
     is_main: bool
 
-    def score(self, tokens: NDArray[Any]) -> Any: ...
+    def score(self, tokens: NDArray[Any], last: int | None = None) -> Any: ...
 
     def total(self, parts: NDArray[np.float64]) -> NDArray[np.float64]: ...
 
@@ -61,8 +60,7 @@ class Scoring(Protocol):
 class Plan:
     """What is to be measured and what the results file holds already."""
 
-    config: Config
-    checkpoint: Path
+    subject: Subject
     output: Path
     documents: list[Tokens]
     header: dict[str, Any]  # the results file without its lengths
@@ -86,16 +84,15 @@ class Window:
 
 
 def make_plan(
-    source: Path,
+    subject: Subject,
     lengths: Sequence[int] = (),
     stride: int | None = None,
     max_tokens: int | None = None,
     text: Sequence[Path] = (),
 ) -> Plan:
-    """Decide what to score. `source`: a run folder or one of its checkpoints; what is not given is
-    taken from the run's `evaluation` settings. Raises UserError."""
-    run_dir, checkpoint = find_run(source)
-    config = load_config(run_dir / "config.yaml")
+    """Decide what to score; what is not given is taken from the config's `evaluation` settings.
+    Raises UserError."""
+    config = subject.config
     settings = config.evaluation
     asked = sorted(set(lengths or settings.lengths or default_lengths(config)))
     stride, max_tokens = stride or settings.stride, max_tokens or settings.max_tokens
@@ -106,26 +103,26 @@ def make_plan(
     ):
         if value < least:
             raise UserError(f"{name} {value} is too small: write {least} or more")
-    try:
-        texts = texts_.own_texts(config, text) if text else texts_.validation_texts(config)
-    except DataError as error:  # of the data tools, which know nothing of this package
-        raise UserError(str(error)) from None
-    output = run_dir / "evaluation" / ("perplexity.json" if not text else _own_name(text))
-    if checkpoint == source:
-        output = run_dir / "evaluation" / checkpoint.name / output.name
-
-    manifest = (checkpoint / MANIFEST).read_bytes()
+    if text:
+        texts = texts_.own_texts(subject.tokenizer(), text)
+    elif config.data.corpora:
+        texts = texts_.validation_texts(config)
+    else:
+        raise UserError("a Hugging Face folder brings no text: name some by --text FILE")
+    output = subject.results / ("perplexity.json" if not text else _own_name(text))
     header = {
         "format": FORMAT,
         "task": "perplexity",
-        "checkpoint": {
-            "step": step_of(checkpoint),
-            "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "checkpoint": subject.identity,
+        "settings": {
+            "stride": stride,
+            "max_tokens": max_tokens,
+            "text": texts.source,
+            "bos": subject.bos,
         },
-        "settings": {"stride": stride, "max_tokens": max_tokens, "text": texts.source},
         "aggregation": AGGREGATION,
     }
-    before = _read(output)
+    before = read_results(output)
     known = {entry["length"]: entry for entry in before.get("lengths", [])}
     same = all(before.get(key) == header[key] for key in header)
     # The texts depend on the longest length: shorter ones may join it, a longer one begins anew.
@@ -140,9 +137,8 @@ def make_plan(
         "notes": notes,
     }
     done = known if same else {}
-    return Plan(
-        config, checkpoint, output, documents, header, done, [n for n in asked if n not in done]
-    )
+    missing = [n for n in asked if n not in done]
+    return Plan(subject, output, documents, header, done, missing)
 
 
 def measure(plan: Plan, scorer: Scoring) -> dict[str, Any]:
@@ -163,15 +159,19 @@ def measure(plan: Plan, scorer: Scoring) -> dict[str, Any]:
 def measure_length(plan: Plan, length: int, scorer: Scoring) -> dict[str, Any]:
     """One entry of the results file: windows of `length` tokens over every document."""
     stride = min(plan.header["settings"]["stride"], max(1, length // 2))
-    batches = list(batch(windows([len(d) for d in plan.documents], length, stride)))
+    bos = [] if plan.subject.bos is None else [plan.subject.bos]
+    # A BOS stands before every window and is one of its tokens.
+    batches = list(batch(windows([len(d) for d in plan.documents], length - len(bos), stride)))
     bin_width = -(-length // POSITION_BINS)
     losses, counts = np.zeros((2, len(plan.documents)))
     position_losses, position_counts = np.zeros((2, POSITION_BINS))
 
     mine = batches[scorer.part :: scorer.parts]
     for group in progress(mine, f"length {length}", scorer.is_main):
-        tokens = np.stack([plan.documents[w.document][w.begin : w.end] for w in group])
-        log_probs = scorer.score(tokens).log_probs.astype(np.float64)
+        tokens = np.stack(
+            [np.append(bos, plan.documents[w.document][w.begin : w.end]) for w in group]
+        )
+        log_probs = scorer.score(tokens).log_probs.astype(np.float64)[:, len(bos) :]
         for window, values in zip(group, -log_probs, strict=True):
             # values[k] is the loss of token begin + k + 1; the first of a document has none.
             scored = values[max(window.scored - 1, window.begin) - window.begin :]
@@ -225,7 +225,7 @@ def batch(items: Iterator[Window]) -> Iterator[list[Window]]:
         size = window.end - window.begin
         group = waiting.setdefault(size, [])
         group.append(window)
-        if (len(group) + 1) * size > _TOKENS_AT_ONCE:
+        if (len(group) + 1) * size > TOKENS_AT_ONCE:
             yield waiting.pop(size)
     yield from waiting.values()
 
@@ -240,7 +240,8 @@ def _own_name(text: Sequence[Path]) -> str:
     return f"perplexity-{text[0].stem}.json"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_results(file: Path) -> dict[str, Any]:
+    """A results file; nothing where there is none that can be read."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):

@@ -26,7 +26,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_ext.checkpoint import sharded
+from megatron_ext.checkpoint import hf_weights, sharded
 from megatron_ext.config import Config
 from megatron_ext.config.layout import in_layout
 from megatron_ext.model.llama import build_gpt, transformer_config
@@ -37,10 +37,12 @@ _LOGITS_AT_ONCE = 1 << 26  # float32 elements, 256 MiB
 
 @dataclass(frozen=True)
 class Scores:
-    """Of tokens 1 .. seq - 1, each given all tokens before it: arrays [batch, seq - 1]."""
+    """Of tokens 1 .. seq - 1, or the last of these, each given all tokens before it: arrays
+    [batch, seq - 1]."""
 
     log_probs: NDArray[np.float32]  # natural logarithm
-    is_argmax: NDArray[np.bool_]  # no other token was more probable; of equals, the least id
+    argmax: NDArray[np.int64]  # the most probable token in its place; of equals, the least id
+    is_argmax: NDArray[np.bool_]  # whether it was that
 
 
 @contextmanager
@@ -49,12 +51,15 @@ def open_checkpoint(
 ) -> Iterator["Scorer"]:
     """Join the processes, build the model of `config` in this layout, load the weights.
 
-    `checkpoint` is a checkpoint's folder or a run's. Raises UserError.
+    `checkpoint` is a checkpoint's folder, a run's, or a Hugging Face folder. Raises UserError.
     """
     config = in_layout(config, tensor, pipeline)
     with world(config) as here:
         model = build_gpt(config, transformer_config(config)).eval()
-        sharded.load_weights(checkpoint, [model])
+        if (checkpoint / "config.json").is_file():
+            hf_weights.load_folder(checkpoint, config.model, model)
+        else:
+            sharded.load_weights(checkpoint, [model])
         yield Scorer(model, here)
 
 
@@ -70,22 +75,26 @@ class Scorer:
         self.last_stage = parallel_state.is_pipeline_last_stage()
 
     @torch.no_grad()
-    def score(self, tokens: NDArray[Any]) -> Scores:
-        """Scores of whole numbers [batch, seq], seq > 1; the same on every rank of the model."""
+    def score(self, tokens: NDArray[Any], last: int | None = None) -> Scores:
+        """Scores of whole numbers [batch, seq], seq > 1; the same on every rank of the model.
+        `last`: only of so many tokens at the end, which spares the output layer the others."""
         given = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(self.device)
-        inputs, targets = given[:, :-1].contiguous(), given[:, 1:].contiguous()
-        answer = torch.empty(2, *targets.shape, device=self.device)  # float32
+        last = given.shape[1] - 1 if last is None else last
+        inputs, targets = given[:, :-1].contiguous(), given[:, -last:].contiguous()
+        # In float64, which holds any id and any float32 as it is.
+        answer = torch.empty(2, *targets.shape, device=self.device, dtype=torch.float64)
         hidden = self._hidden(inputs)
         if hidden is not None:
-            answer = self._score_hidden(hidden, targets)
+            answer = self._score_hidden(hidden[-last:], targets)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             dist.broadcast(
                 answer,
                 parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        log_probs, is_argmax = answer.cpu().numpy()
-        return Scores(log_probs, is_argmax > 0)
+        log_probs, best = answer.cpu().numpy()
+        argmax = best.astype(np.int64)
+        return Scores(log_probs.astype(np.float32), argmax, argmax == targets.cpu().numpy())
 
     def total(self, parts: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum of an array over the data-parallel ranks, on each of them."""
@@ -116,7 +125,7 @@ class Scorer:
         return outputs[0] if outputs else None
 
     def _score_hidden(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """float32 [2, batch, seq]: log-probabilities, and 1 where the target is the argmax."""
+        """float64 [2, batch, seq]: log-probabilities of the targets, and the argmax."""
         length, batch = hidden.shape[:2]
         weight = None
         if self.model.share_embeddings_and_output_weights:
@@ -130,7 +139,7 @@ class Scorer:
             best = vocab_parallel_argmax(logits)
             # Works in place on these logits, so it comes last.
             losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), wanted)
-            parts.append(torch.stack((-losses, (best == wanted).float())))
+            parts.append(torch.stack((-losses.double(), best.double())))
         return torch.cat(parts, dim=1).transpose(1, 2).contiguous()
 
 

@@ -1,7 +1,7 @@
 """The documents that an evaluation reads: a run's validation documents, or one's own text files.
 
     texts = validation_texts(config)             # the last validation_fraction of every corpus
-    texts = own_texts(config, [Path("book.txt")])
+    texts = own_texts(tokenizer, [Path("book.txt")])
     chosen, notes = choose(texts, longest=4096, max_tokens=1_000_000)
 
 A document is tokens only; nothing is put before it, as nothing was in training, and documents are
@@ -17,9 +17,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from data_tools.indexed import open_tokens, read_index
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizer import Tokenizer
 from megatron_ext.config import Config
-from megatron_ext.data.corpora import tokenizer_path
 from megatron_ext.errors import UserError
 
 Tokens = NDArray[Any]
@@ -48,9 +47,8 @@ def validation_texts(config: Config) -> Texts:
     return Texts(documents, {"kind": "validation documents", "corpora": source})
 
 
-def own_texts(config: Config, files: Sequence[Path]) -> Texts:
-    """Each file is one document, tokenized with the run's tokenizer."""
-    tokenizer = load_tokenizer(tokenizer_path(config))
+def own_texts(tokenizer: Tokenizer, files: Sequence[Path]) -> Texts:
+    """Each file is one document. Raises UserError."""
     documents, source = [], {}
     for file in files:
         try:

@@ -234,3 +234,12 @@ def test_a_file_that_would_run_code_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"weights_only|Weights only"):
         import_hf(tmp_path / "in", tmp_path / "run")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_without_the_extra_one_sentence_says_how_to_get_it(monkeypatch, tmp_path: Path) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for convert in (import_hf, export_hf):
+        with pytest.raises(UserError, match=r"pip install 'megatron-ext\[hf\]'"):
+            convert(tmp_path / "in", tmp_path / "out")

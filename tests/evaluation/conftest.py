@@ -45,16 +45,17 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 @contextmanager
 def opened(run: Path) -> Iterator:
-    """The run's scorer, alone in this process."""
-    from megatron_ext.config import load_config
+    """The scorer of a run or a Hugging Face folder, alone in this process."""
     from megatron_ext.evaluation.scoring import open_checkpoint
+    from megatron_ext.evaluation.subject import find_subject
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         patch.setenv("MASTER_PORT", str(free_port()))
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
-        with open_checkpoint(load_config(run / "config.yaml"), run) as scorer:
+        subject = find_subject(run)
+        with open_checkpoint(subject.config, subject.weights) as scorer:
             yield scorer
 
 

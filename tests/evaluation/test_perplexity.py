@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.evaluation.perplexity import make_plan, measure, windows
+from megatron_ext.evaluation.subject import find_subject
 from tests.conftest import ROOT, environment, free_port
 from tests.evaluation.conftest import hugging_face, opened
 
@@ -52,7 +53,7 @@ def test_every_token_but_the_first_is_scored_once(
 def test_perplexity_is_that_of_a_loop_over_transformers(run: Path) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    plan = make_plan(run, LENGTHS)
+    plan = make_plan(find_subject(run), LENGTHS)
     with opened(run) as scorer:
         results = measure(plan, scorer)
         model = hugging_face(scorer, run)
@@ -87,6 +88,32 @@ def test_perplexity_is_that_of_a_loop_over_transformers(run: Path) -> None:
     assert json.loads((run / "evaluation/perplexity.json").read_text()) == results
 
 
+def test_a_folder_scores_as_the_run_that_it_was_exported_from(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from megatron_ext.checkpoint.huggingface import export_hf
+
+    (run / "own.txt").write_text("def answer():\n    return 42\n" * 60)
+    with opened(run) as scorer:
+        ours = measure(make_plan(find_subject(run), [32, 64], text=[run / "own.txt"]), scorer)
+    export_hf(run, tmp_path / "hf", lengths=[32])
+    plan = make_plan(find_subject(tmp_path / "hf"), [32, 64], 16, 1500, [run / "own.txt"])
+    with opened(tmp_path / "hf") as scorer:
+        theirs = measure(plan, scorer)
+    assert theirs["text"] == ours["text"]
+    for a, b in zip(theirs["lengths"], ours["lengths"], strict=True):
+        assert a["token_weighted_perplexity"] == pytest.approx(b["token_weighted_perplexity"])
+    # A model that wants a BOS gets it before every window, and the same tokens are scored.
+    settings = {"add_bos_token": True, "tokenizer_class": "LlamaTokenizer"}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(settings))
+    with_bos = make_plan(find_subject(tmp_path / "hf"), [32, 64], 16, 1500, [run / "own.txt"])
+    assert with_bos.header["settings"]["bos"] == 1
+    with opened(tmp_path / "hf") as scorer:
+        bos = measure(with_bos, scorer)
+    for a, b in zip(bos["lengths"], ours["lengths"], strict=True):
+        assert a["tokens_scored"] == b["tokens_scored"]
+        assert a["loss"] != pytest.approx(b["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [(4, ("--tensor", 2, "--pipeline", 2)), (2, ("--tensor", 2)), (2, ())],
@@ -107,7 +134,7 @@ def alone(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The results of one process."""
     run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("alone") / "run"))
     with opened(run) as scorer:
-        return measure(make_plan(run, [32, 160]), scorer)
+        return measure(make_plan(find_subject(run), [32, 160]), scorer)
 
 
 class Uniform:
@@ -132,27 +159,27 @@ class Uniform:
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(run: Path) -> None:
-    for entry in measure(make_plan(run, LENGTHS), Uniform())["lengths"]:
+    for entry in measure(make_plan(find_subject(run), LENGTHS), Uniform())["lengths"]:
         assert entry["token_weighted_perplexity"] == pytest.approx(512)
         assert entry["mean_document_perplexity"] == pytest.approx(512)
         assert all(b["loss"] == pytest.approx(np.log(512)) for b in entry["loss_by_position"])
 
 
 def test_what_is_there_is_not_computed_again(run: Path) -> None:
-    first = measure(make_plan(run, [32, 160]), Uniform())
-    again = make_plan(run, [160, 32])
+    first = measure(make_plan(find_subject(run), [32, 160]), Uniform())
+    again = make_plan(find_subject(run), [160, 32])
     assert again.missing == []
     assert again.results == first
     # A shorter length joins what is there, on the same texts.
-    assert make_plan(run, [64]).missing == [64]
-    assert measure(make_plan(run, [64]), Uniform())["text"] == first["text"]
+    assert make_plan(find_subject(run), [64]).missing == [64]
+    assert measure(make_plan(find_subject(run), [64]), Uniform())["text"] == first["text"]
     # Anything that changes what is measured begins anew.
-    assert make_plan(run, [32, 160], stride=8).missing == [32, 160]
-    assert make_plan(run, [32, 160], max_tokens=900).missing == [32, 160]
-    assert make_plan(run, [32, 320]).missing == [32, 320]
+    assert make_plan(find_subject(run), [32, 160], stride=8).missing == [32, 160]
+    assert make_plan(find_subject(run), [32, 160], max_tokens=900).missing == [32, 160]
+    assert make_plan(find_subject(run), [32, 320]).missing == [32, 320]
     manifest = next((run / "checkpoints").glob("step_*/manifest.json"))
     manifest.write_text(manifest.read_text() + "\n")
-    assert make_plan(run, [32, 160]).missing == [32, 160]
+    assert make_plan(find_subject(run), [32, 160]).missing == [32, 160]
 
 
 def test_interrupted_after_a_length_it_goes_on_with_the_next(run: Path) -> None:
@@ -163,8 +190,8 @@ def test_interrupted_after_a_length_it_goes_on_with_the_next(run: Path) -> None:
             return super().score(tokens)
 
     with pytest.raises(KeyboardInterrupt):
-        measure(make_plan(run, LENGTHS), Interrupted())
-    assert make_plan(run, LENGTHS).missing == [32]
+        measure(make_plan(find_subject(run), LENGTHS), Interrupted())
+    assert make_plan(find_subject(run), LENGTHS).missing == [32]
 
 
 def test_own_texts_are_read_with_the_runs_tokenizer(run: Path, corpus: Path) -> None:
@@ -172,7 +199,7 @@ def test_own_texts_are_read_with_the_runs_tokenizer(run: Path, corpus: Path) -> 
 
     text = "def answer():\n    return 42\n" * 40
     (run / "own.txt").write_text(text)
-    plan = make_plan(run, [32], text=[run / "own.txt"])
+    plan = make_plan(find_subject(run), [32], text=[run / "own.txt"])
     ids = load_tokenizer(corpus.parent / "tokenizer.model").encode(text)
     assert plan.documents[0].tolist() == ids[:64].tolist()
     assert plan.output == run / "evaluation/perplexity-own.json"
@@ -180,7 +207,7 @@ def test_own_texts_are_read_with_the_runs_tokenizer(run: Path, corpus: Path) -> 
 
 def test_short_documents_are_said_to_be_short(run: Path) -> None:
     (run / "own.txt").write_text("a few words only")
-    plan = make_plan(run, [1024], text=[run / "own.txt"])
+    plan = make_plan(find_subject(run), [1024], text=[run / "own.txt"])
     assert "no document reaches 1024 tokens" in plan.header["text"]["notes"][0]
 
 
@@ -203,7 +230,10 @@ def test_validation_documents_are_those_that_training_left_out(run: Path, corpus
     ("arguments", "sentence"),
     [
         (["nowhere"], "nowhere does not exist: name a run folder"),
-        (["{run}", "--tasks", "chess"], "--tasks chess is unknown: choose perplexity"),
+        (
+            ["{run}", "--tasks", "chess"],
+            "--tasks chess is unknown: choose all or some of perplexity",
+        ),
         (["{run}", "--lengths", "1k"], "--lengths 1k is no list of whole numbers"),
         (["{run}", "--lengths", "1"], "--lengths 1 is too small: write 2 or more"),
         (["{run}", "--text", "missing.txt"], "--text missing.txt does not exist"),
