@@ -30,9 +30,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 CONTENDERS = ("transformers", "plain PyTorch", "ours")
+_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "vocab_size")
 SIZES: dict[str, dict[str, int]] = {
-    "5M": dict(num_layers=4, hidden_size=256, ffn_hidden_size=704, num_heads=4, vocab_size=4096),
-    "60M": dict(num_layers=8, hidden_size=512, ffn_hidden_size=1408, num_heads=8, vocab_size=32000),
+    "5M": dict(zip(_SHAPE, (4, 256, 704, 4, 4096), strict=True)),
+    "60M": dict(zip(_SHAPE, (8, 512, 1408, 8, 32000), strict=True)),
 }
 TOKENS_A_STEP = {"5M": 4096, "60M": 2048}
 BASE, LR, CLIP = 1e4, 3e-4, 1.0
@@ -167,9 +168,7 @@ def batches(shape: dict[str, int], length: int, tokens: int) -> Iterator[Any]:
         yield torch.randint(shape["vocab_size"], size, generator=generator)
 
 
-def build_ours(
-    shape: dict[str, int], length: int, tokens: int
-) -> tuple[Callable[[], float], int]:
+def build_ours(shape: dict[str, int], length: int, tokens: int) -> tuple[Callable[[], float], int]:
     from megatron_ext.config import Config
     from megatron_ext.model.llama import build_model
     from megatron_ext.training.optimizer import build_optimizer
@@ -241,9 +240,7 @@ def build_transformers(
     return peer_step(model, loss_of, shape, length, tokens)
 
 
-def build_plain(
-    shape: dict[str, int], length: int, tokens: int
-) -> tuple[Callable[[], float], int]:
+def build_plain(shape: dict[str, int], length: int, tokens: int) -> tuple[Callable[[], float], int]:
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn

@@ -81,7 +81,32 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cpu:
+            return _RMSNormOnCpu.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class _RMSNormOnCpu(torch.autograd.Function):
+    """The same in few passes over memory and with one tensor saved: on a CPU PyTorch makes it of a
+    dozen operators. With n = x / rms and g the gradient, those of weight and x are sum(g n) and
+    (g w - n mean(g w n)) / rms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
+        scale = torch.rsqrt(mean_square + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        product = grad * normed
+        mean = (product @ weight.float())[..., None] / x.shape[-1]
+        of_x = (grad * weight.float()).addcmul_(normed, mean, value=-1).mul_(scale)
+        return of_x.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
 class SdpaAttention(MegatronModule):
@@ -144,7 +169,7 @@ def block_spec(
     backend: Backend,
     config: TransformerConfig,
     self_attention: type,
-    chunk: int | None = None,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """The transformer layers and last norm of this pipeline stage, or of one of its chunks, with
     `self_attention` as the attention module.
@@ -184,5 +209,5 @@ def block_spec(
         ),
     )
     # The last norm is named here: left to itself, Megatron-Core takes apex's or torch's.
-    layers = get_num_layers_to_build(config, chunk)
+    layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

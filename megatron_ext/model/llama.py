@@ -44,7 +44,7 @@ def build_chunks(config: Config, transformer: TransformerConfig) -> list[GPTMode
     count = config.parallel.virtual_pipeline
     if count == 1:
         return [build_gpt(config, transformer)]
-    return [build_gpt(config, transformer, chunk) for chunk in range(count)]
+    return [build_gpt(config, transformer, vp_stage) for vp_stage in range(count)]
 
 
 def reduce_gradients(
@@ -63,7 +63,9 @@ def reduce_gradients(
     )
 
 
-def build_gpt(config: Config, transformer: TransformerConfig, chunk: int | None = None) -> GPTModel:
+def build_gpt(
+    config: Config, transformer: TransformerConfig, vp_stage: int | None = None
+) -> GPTModel:
     """The bare model of this rank, or one of its virtual chunks, weights not yet drawn.
 
     Input tokens [batch, sequence / context] int64 and position_ids likewise, or None for 0, 1, 2,
@@ -74,14 +76,14 @@ def build_gpt(config: Config, transformer: TransformerConfig, chunk: int | None 
     log.info("kernels: %s", backend.reason)
     model = RotaryGPTModel(
         transformer,
-        block_spec(backend, transformer, RotarySelfAttention, chunk),
+        block_spec(backend, transformer, RotarySelfAttention, vp_stage),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.training.sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=config.model.tied_embeddings,
         position_embedding_type="none",
-        vp_stage=chunk,
+        vp_stage=vp_stage,
     )
     rotary = RotaryEmbedding(
         base=config.rope.base,
