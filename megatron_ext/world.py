@@ -120,6 +120,13 @@ def build_groups(
     )
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or that it is a CPU, of so many cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({os.cpu_count()} cores)"
+
+
 def limit_collectives(config: Config) -> None:
     """From now on a collective operation fails after faults.hang_timeout_s; until here, while one
     rank builds an index or verifies a checkpoint, the others waited for faults.startup_timeout_s.

@@ -8,8 +8,9 @@ from megatron_ext.training.status import read_status
 from tests.conftest import metrics, pretrain
 
 METRICS = {
-    "step", "tokens", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "tflops_per_gpu",
-    "mfu", "memory_gb", "data_wait_s", "checkpoint_stall_s", "skipped",
+    "step", "tokens", "loss", "lr", "grad_norm", "step_time_s", "step_time_p50_s",
+    "step_time_p95_s", "tokens_per_s", "tflops_per_gpu", "mfu", "mfu_causal",
+    "memory_gb", "data_wait_s", "checkpoint_stall_s", "skipped",
 }  # fmt: skip
 
 

@@ -74,6 +74,10 @@ class Saver:
         if written.item():
             self._finish()
 
+    def wait(self) -> None:
+        """Wait for the save in flight, if there is one."""
+        self._finish()
+
     def close(self, done: int) -> None:
         """Wait for the save in flight. Raises Verdict when step `done` has no checkpoint."""
         self._finish()

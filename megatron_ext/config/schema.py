@@ -349,9 +349,12 @@ class Logging(Section):
     """Steps between two log lines and records of metrics.jsonl."""
     tensorboard: bool = setting(False)
     """Also write TensorBoard events into the run folder; needs the `track` extra."""
+    wandb: str | None = setting(None)
+    """Project of Weights & Biases to write into as well; needs the `track` extra. Without a key, or
+    with WANDB_MODE=offline, into the run folder only."""
     peak_tflops: float | None = setting(None, gt=0, unit="TFLOP/s")
     """Peak of one rank's device, which MFU is a share of; unset: known for A100, H100, H200 and
-    B200 in bf16, and otherwise MFU is null."""
+    B200 in bf16, measured on a CPU, and otherwise MFU is null."""
 
 
 class Evaluation(Section):
@@ -384,6 +387,13 @@ class Faults(Section):
     max_consecutive_skips: int = setting(10, ge=0, unit="steps")
     """Steps in a row with a non-finite loss or gradient that are skipped before the run stops;
     0 stops at the first."""
+    spike_sigma: float | None = setting(None, gt=0, unit="standard deviations")
+    """A loss so far above the mean of the last losses is a spike; unset: none is."""
+    spike_window: int = setting(100, gt=1, unit="steps")
+    """Losses that a spike is measured against; no spike is seen before there are so many."""
+    spike_action: Literal["warn", "skip", "roll_back"] = setting("warn")
+    """What to do with a spike: say so; leave the weights as they were; or take those of the newest
+    checkpoint and go on behind the spike. The last two count as skipped steps."""
     hang_timeout_s: float = setting(600.0, gt=0, unit="s")
     """A rank without progress for so long in training (a micro-batch, a batch of the validation, a
     save) has hung: the watchdog names the late ranks, dumps stacks and kills the run, so that it

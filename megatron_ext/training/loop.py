@@ -1,6 +1,6 @@
 """The loop: steps, log lines, validation, checkpoints, until the budget is spent or a signal comes.
 
-done, stopped = train(config, here, model, optimizer, data, layout, record, done_steps, watch)
+done, stopped = train(config, model, optimizer, data, ..., watch, journal, guard)
 """
 
 import logging
@@ -13,22 +13,28 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.utils.data import Dataset
 
+from megatron_ext.checkpoint import sharded
 from megatron_ext.checkpoint.saving import Saver
 from megatron_ext.config import Config
 from megatron_ext.config.batch_sizes import BatchSizes
 from megatron_ext.data.blend import Layout, micro_batches
-from megatron_ext.errors import Verdict
+from megatron_ext.data.documents import documents_of
+from megatron_ext.training.guard import SPIKE, WINDOW, LossGuard, note_rollback
 from megatron_ext.training.journal import Journal
-from megatron_ext.training.step import Batch, evaluate_loss, on_any_rank, train_step
+from megatron_ext.training.step import (
+    Batch,
+    StepResult,
+    evaluate_loss,
+    on_any_rank,
+    train_step,
+)
 from megatron_ext.training.supervision import Supervision
-from megatron_ext.world import World
 
 log = logging.getLogger(__name__)
 
 
 def train(
     config: Config,
-    here: World,
     model: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     data: tuple[Dataset, Dataset],
@@ -36,6 +42,8 @@ def train(
     record: dict[str, Any],
     done_steps: int,
     watch: Supervision,
+    journal: Journal,
+    guard: LossGuard,
 ) -> tuple[int, bool]:
     """Train from `done_steps` on; returns the steps done and whether a signal ended it before all
     steps and the last validation were.
@@ -45,32 +53,30 @@ def train(
     """
     steps = config.training.steps
     batches = TimedIterator(micro_batches(data[0], config, layout, done_steps, steps), watch)
-    journal = Journal(config, here, done_steps)
     saver = Saver(config, record, done_steps)
     validate = partial(validation, model, data[1], config, layout, journal, watch)
-    done, skips, stop = done_steps, 0, False
+    done, stop = done_steps, False
     if done and on_any_rank(journal.lacks_validation(done)):
         stop = validate(done)  # which a signal cut short before this start
     while done < steps and not stop:
         started, batches.waited = time.monotonic(), 0.0
         watch.phase("compute", step=done + 1)
         result = train_step(
-            done, batches, model, optimizer, config, stop_requested=watch.stop_requested
+            done, batches, model, optimizer, config, watch.stop_requested, guard.refuses
         )
         done, stop = done + 1, result.stop
         journal.step(done, result, time.monotonic() - started, batches.waited, saver.stall_s)
 
-        skips = skips + 1 if result.skipped else 0
-        if skips > config.faults.max_consecutive_skips:
-            raise Verdict(
-                f"{skips} steps in a row had a non-finite gradient, the last at step {done}: "
-                "look at data and learning rate, then go on from the last checkpoint"
+        if fault := guard.judge(result):
+            answer_fault(
+                fault, done, result, model, optimizer, data[0], record, journal, guard, saver
             )
         if not stop and (done == steps or done % config.evaluation.interval == 0):
             stop = validate(done)
         saver.poll()
         if done % config.checkpoint.interval == 0 or done == steps or stop:
             watch.phase("save")
+            record[WINDOW] = list(guard.window)
             saver.save(done, model, optimizer)
             if done < steps and not stop:
                 stop = on_any_rank(watch.stop_requested)  # during the save
@@ -78,6 +84,34 @@ def train(
     saver.close(done)
     journal.close()
     return done, stop
+
+
+def answer_fault(
+    fault: str,
+    done: int,
+    result: StepResult,
+    state: tuple[list[DistributedDataParallel], MegatronOptimizer, dict[str, Any]],
+    dataset: Dataset,
+    journal: Journal,
+    guard: LossGuard,
+    saver: Saver,
+) -> None:
+    """Write down a step that went wrong, with the documents of its batch; roll back if so wanted.
+    Raises Verdict when there are too many of them."""
+    config = saver.config
+    action = "skipped" if result.skipped else "trained on"
+    if fault.startswith(SPIKE) and config.faults.spike_action == "roll_back":
+        saver.wait()
+        back_to = sharded.restore(config, *state)
+        if back_to:
+            action = f"skipped, weights and optimizer of step {back_to}"
+            if journal.here.is_main:
+                note_rollback(config, back_to, done, guard)
+    if journal.here.is_main:
+        sizes = config.training.batch_sizes
+        samples = range(sizes.before(done - 1), sizes.before(done))
+        journal.fault(done, fault, action, documents_of(dataset, config, samples))
+    guard.check(done, fault)
 
 
 def validation(

@@ -36,7 +36,7 @@ class StepResult:
     loss: float  # mean over the tokens of the global batch, in nats
     grad_norm: float  # global 2-norm before clipping
     lr: float
-    skipped: bool  # a non-finite gradient: weights were left as they were
+    skipped: bool  # the weights were left as they were
     stop: bool  # some rank was asked to stop
 
 
@@ -47,10 +47,13 @@ def train_step(
     optimizer: MegatronOptimizer,
     config: Config,
     stop_requested: bool = False,
+    refuse: Callable[[float], bool] = lambda loss: False,
 ) -> StepResult:
     """Step number `step` (the first is 0): accumulate gradients, reduce, clip, update the weights.
 
-    `stop_requested` of any rank comes back as `result.stop` on all, so that they stop together.
+    `stop_requested` of any rank comes back as `result.stop` on all, so that they stop together. The
+    weights stay as they were when loss or gradient is not finite, or `refuse(loss)`. The device is
+    waited for where Megatron-Core's gradient norm does so anyway, and nowhere else.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
@@ -59,15 +62,15 @@ def train_step(
 
     optimizer.prepare_grads()
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad or math.inf)
-    lr = learning_rate(step, config)
-    finite = math.isfinite(grad_norm)
-    if finite:
+    loss_sum, tokens, stop = _sum_over_ranks(losses, stop_requested)
+    loss, lr = loss_sum / tokens, learning_rate(step, config)
+    skipped = not (math.isfinite(grad_norm) and math.isfinite(loss)) or refuse(loss)
+    if not skipped:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step_with_ready_grads()
 
-    loss_sum, tokens, stop = _sum_over_ranks(losses, stop_requested)
-    return StepResult(loss_sum / tokens, grad_norm, lr, skipped=not finite, stop=stop > 0)
+    return StepResult(loss, grad_norm, lr, skipped, stop=stop > 0)
 
 
 def evaluate_loss(

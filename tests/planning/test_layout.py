@@ -75,7 +75,7 @@ def test_the_written_section_loads_as_the_layout(tmp_path: Path) -> None:
 
 
 def test_flops_are_those_that_a_run_logs() -> None:
-    journal = pytest.importorskip("megatron_ext.training.journal")
+    journal = pytest.importorskip("megatron_ext.training.utilization")
     config = load_config(LLAMA_2B, [])
     assert flops_per_token(config) == journal.flops_per_token(config)
 
