@@ -68,9 +68,8 @@ def train(
         journal.step(done, result, time.monotonic() - started, batches.waited, saver.stall_s)
 
         if fault := guard.judge(result):
-            answer_fault(
-                fault, done, result, model, optimizer, data[0], record, journal, guard, saver
-            )
+            state = (model, optimizer, record)
+            answer_fault(fault, done, result, state, data[0], journal, guard, saver)
         if not stop and (done == steps or done % config.evaluation.interval == 0):
             stop = validate(done)
         saver.poll()

@@ -24,7 +24,7 @@ CONVENTION = (
 )
 # Dense bf16 peaks from NVIDIA's data sheets, TFLOP/s; the key stands in the device's name.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4, "B200": 2250.0}
-_MATMUL_SIZE = 1024  # 8 MB of operands in float32: beyond the first caches, milliseconds a product
+_MATMUL_SIZE = 512  # milliseconds a product
 _MATMUL_REPEATS = 5
 
 
@@ -70,7 +70,7 @@ def peak_of(here: World, config: Config) -> Peak:
 
 def measured_matmul_tflops(dtype: torch.dtype) -> float:
     """TFLOP/s of this rank's threads in a square matrix product while all ranks do the same: the
-    best of a few, about 0.1 s in all."""
+    best of a few, some 10 ms each."""
     a = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE, generator=torch.Generator().manual_seed(0))
     a = a.to(dtype)
     dist.barrier()
