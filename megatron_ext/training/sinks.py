@@ -11,6 +11,7 @@ for its own library to bear: training goes on.
 import json
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,7 +87,7 @@ class WeightsAndBiases:
         offline = "WANDB_API_KEY" not in os.environ and not _has_login()
         id_file = run_dir / "wandb_id"
         if not id_file.is_file():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(uuid.uuid4().hex[:8])
         self.run = wandb.init(
             project=config.logging.wandb,
             name=run_dir.name,
