@@ -21,6 +21,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config import Config
+from megatron_ext.model.cross_entropy import CHUNK_TOKENS, ChunkedLossModel, takes_chunks
 from megatron_ext.model.initialization import initialize_weights
 from megatron_ext.model.layers import block_spec, choose_backend
 from megatron_ext.rope.attention import RotaryGPTModel, RotarySelfAttention, install_rotary
@@ -73,8 +74,20 @@ def build_gpt(
     [batch, sequence / context, vocab_size / tensor].
     """
     backend = choose_backend(config.kernels.backend, config.data.mask_documents)
-    log.info("kernels: %s", backend.reason)
-    model = RotaryGPTModel(
+    logits = (
+        config.training.micro_batch_size
+        * config.training.sequence_length
+        * config.model.vocab_size
+        // config.parallel.tensor
+    )
+    chunked = takes_chunks(config.kernels.cross_entropy, logits)
+    log.info(
+        "kernels: %s; cross-entropy %s",
+        backend.reason,
+        f"in chunks of {CHUNK_TOKENS:,} tokens" if chunked else "of a whole micro-batch",
+    )
+    model_class = ChunkedLossModel if chunked else RotaryGPTModel
+    model = model_class(
         transformer,
         block_spec(backend, transformer, RotarySelfAttention, vp_stage),
         vocab_size=config.model.vocab_size,
