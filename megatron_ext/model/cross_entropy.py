@@ -5,8 +5,8 @@ micro-batch never exist.
 
 Each chunk's logits are made, reduced to two numbers a token (log-sum-exp and the label's logit) and
 dropped; the backward pass makes them again. That costs one more product with the output weight,
-2 tokens hidden_size vocab_size / tensor FLOPs, and saves some 12 bytes for each logit: for the 2B
-at micro-batch 4 and 4,096 tokens, 6 GB. `ChunkedLossModel` is GPTModel with this loss.
+2 tokens hidden_size vocab_size / tensor FLOPs. `ChunkedLossModel` is GPTModel with this loss;
+benchmarks/cross_entropy.py says what it saves.
 """
 
 import functools
@@ -20,21 +20,11 @@ from torch import Tensor
 
 from megatron_ext.rope.attention import RotaryGPTModel
 
-# Enough rows to fill a GPU's matrix units; 66 MB of bf16 logits at a vocabulary of 32,000.
-CHUNK_TOKENS = 1024
-
-# Logits of a micro-batch from which `auto` takes chunks: they would take 0.8 GB at the loss, and
-# the product made twice costs the 2B model 1% of a step's FLOPs. Below, memory is no question.
-MANY_LOGITS = 1 << 26
-
-
-def takes_chunks(wanted: str, logits: int) -> bool:
-    """Settle `kernels.cross_entropy` for so many logits of one rank's micro-batch."""
-    return wanted == "chunked" or (wanted == "auto" and logits >= MANY_LOGITS)
-
 
 class ChunkedLossModel(RotaryGPTModel):
-    """RotaryGPTModel that, given labels, never makes a micro-batch's logits."""
+    """RotaryGPTModel that, given labels, makes the logits of `loss_chunk` tokens at a time."""
+
+    loss_chunk = 1024
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         labels = kwargs.get("labels")
@@ -43,7 +33,12 @@ class ChunkedLossModel(RotaryGPTModel):
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return chunked_cross_entropy(
-            hidden_states, weight, labels, self.pg_collection.tp, self.config.sequence_parallel
+            hidden_states,
+            weight,
+            labels,
+            self.pg_collection.tp,
+            self.config.sequence_parallel,
+            self.loss_chunk,
         )
 
 
@@ -53,7 +48,7 @@ def chunked_cross_entropy(
     labels: Tensor,
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int = 1024,
 ) -> Tensor:
     """Losses [batch, sequence] float32 of the labels [batch, sequence] int64.
 
@@ -136,10 +131,10 @@ def _differentiate(
 ) -> Tensor:
     """(softmax - one-hot) times each token's gradient, [tokens, vocab_size / tensor] in the model's
     dtype."""
-    gradient = ((hidden @ weight.t()).float() - log_sum.unsqueeze(1)).exp_()
+    gradient = (hidden @ weight.t()).float().sub_(log_sum.unsqueeze(1)).exp_()
     mine = (labels >= 0) & (labels < len(weight))
     gradient.scatter_add_(1, torch.where(mine, labels, 0).unsqueeze(1), -mine.float().unsqueeze(1))
-    return (gradient * loss_gradient.unsqueeze(1)).to(hidden.dtype)
+    return gradient.mul_(loss_gradient.unsqueeze(1)).to(hidden.dtype)
 
 
 def _on_this_device(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:

@@ -21,8 +21,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config import Config
-from megatron_ext.model.cross_entropy import CHUNK_TOKENS, ChunkedLossModel, takes_chunks
+from megatron_ext.model.cross_entropy import ChunkedLossModel
 from megatron_ext.model.initialization import initialize_weights
+from megatron_ext.model.kernels import loss_chunk
 from megatron_ext.model.layers import block_spec, choose_backend
 from megatron_ext.rope.attention import RotaryGPTModel, RotarySelfAttention, install_rotary
 from megatron_ext.rope.embedding import RotaryEmbedding
@@ -74,19 +75,13 @@ def build_gpt(
     [batch, sequence / context, vocab_size / tensor].
     """
     backend = choose_backend(config.kernels.backend, config.data.mask_documents)
-    logits = (
-        config.training.micro_batch_size
-        * config.training.sequence_length
-        * config.model.vocab_size
-        // config.parallel.tensor
-    )
-    chunked = takes_chunks(config.kernels.cross_entropy, logits)
+    chunk = loss_chunk(config)
     log.info(
         "kernels: %s; cross-entropy %s",
         backend.reason,
-        f"in chunks of {CHUNK_TOKENS:,} tokens" if chunked else "of a whole micro-batch",
+        f"in chunks of {chunk:,} tokens" if chunk else "of whole micro-batches",
     )
-    model_class = ChunkedLossModel if chunked else RotaryGPTModel
+    model_class = ChunkedLossModel if chunk else RotaryGPTModel
     model = model_class(
         transformer,
         block_spec(backend, transformer, RotarySelfAttention, vp_stage),

@@ -22,6 +22,7 @@ import numpy as np
 from megatron_ext.config import Config
 from megatron_ext.config.rules import check_context, check_layout, check_tensor, divisors
 from megatron_ext.errors import ConfigError, UserError
+from megatron_ext.model.kernels import loss_chunk
 from megatron_ext.planning.memory import memory, peak_memory
 from megatron_ext.planning.prediction import constants
 from megatron_ext.planning.sources import GIB
@@ -100,6 +101,7 @@ def _row(config: Config, gpus: int, gpu: str) -> dict[str, Any]:
         "micro_batch": training.micro_batch_size,
         "global_batch": training.global_batch_size,
         "recompute": training.recompute,
+        "loss_chunk": loss_chunk(config) or 0,
     }
 
 

@@ -79,7 +79,7 @@ def memory(w: Workloads, stage: Column | int, c: MemoryConstants) -> Memory:
     in_flight = micro_batches_in_flight(w, stage)
     activations = in_flight * layers * kept
     recomputed = np.where(w.recompute == "none", 0, np.maximum(0, whole - kept))
-    logits = last * logit_bytes(w) * tokens * w.vocab / w.tp
+    logits = last * loss_bytes(w, tokens)
     inputs = 2 * tokens * w.hidden
     communication = np.where(w.pp > 1, 2 * inputs, 0) + np.where(w.tp > 1, 2 * inputs, 0)
     tensors = weights + gradients + optimizer + activations + recomputed + logits + communication
@@ -105,6 +105,15 @@ def layer_bytes(w: Workloads) -> Column:
     inside = 2 * (h + 2 * kv) + 2 * h + np.where(w.gated > 0, 8 * w.ffn + 2 * (h + kv), 4 * w.ffn)
     gathered = np.where(gathers_inputs(w), 2 * h, 0)
     return outside / spread + inside / w.tp + gathered + score_bytes(w)
+
+
+def loss_bytes(w: Workloads, tokens: Column) -> Column:
+    """Logits of one micro-batch of so many tokens, and what is made of them. In chunks: those of
+    one chunk (bf16, float32, and a float32 result of PyTorch's), and the float32 sum of the output
+    weight's gradient with the bf16 part that joins it."""
+    vocab = w.vocab / w.tp
+    in_chunks = 12 * np.minimum(w.loss_chunk, tokens) * vocab + 6 * w.hidden * vocab
+    return np.where(w.loss_chunk > 0, in_chunks, logit_bytes(w) * tokens * vocab)
 
 
 def logit_bytes(w: Workloads) -> Column:

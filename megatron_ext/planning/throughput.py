@@ -222,7 +222,8 @@ def _head(w: Workloads, c: TimeConstants, tokens: Column) -> Column:
     """Output projection and cross-entropy of one micro-batch, forward and backward."""
     traffic = np.where(w.flash_attn > 0, _FUSED_LOSS_BYTES, _FUSED_LOSS_BYTES * c.loss)
     logits = tokens * w.vocab / w.tp
-    return 3 * _matmul(w, c, tokens, w.vocab / w.tp, w.hidden) + traffic * logits / _hbm(w)
+    products = np.where(w.loss_chunk > 0, 4, 3)  # chunks make their logits again to differentiate
+    return products * _matmul(w, c, tokens, w.vocab / w.tp, w.hidden) + traffic * logits / _hbm(w)
 
 
 def _link(w: Workloads, c: TimeConstants, size: Column, stride: Column) -> tuple[Column, Column]:

@@ -92,6 +92,8 @@ class Workloads:
     flash_attn: Column
     precision: Names
     """fp16, bf16 or fp8."""
+    loss_chunk: Column
+    """Tokens whose logits exist at once, made again in the backward pass; 0 is all, made once."""
 
     def __len__(self) -> int:
         return len(self.row_id)
@@ -127,11 +129,12 @@ DEFAULTS = {
     "tied": 0, "tp": 1, "pp": 1, "vpp_chunks": 1, "cp": 1, "first_layers": 0,
     "last_layers": 0, "seq_parallel": 0, "zero_stage": 1,
     "recompute": "none", "flash_attn": 1,
-    "precision": "bf16",
+    "precision": "bf16", "loss_chunk": 0,
 }  # fmt: skip
 
 _MAY_BE_ZERO = (
     "gated", "tied", "seq_parallel", "zero_stage", "flash_attn", "first_layers", "last_layers",
+    "loss_chunk",
 )  # fmt: skip
 
 

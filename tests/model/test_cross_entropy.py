@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_ext.config import load_config
 from megatron_ext.model import cross_entropy
-from megatron_ext.model.cross_entropy import chunked_cross_entropy, takes_chunks
-from tests.conftest import metrics, pretrain
+from megatron_ext.model.cross_entropy import chunked_cross_entropy
+from megatron_ext.model.kernels import loss_chunk
+from tests.conftest import ROOT, metrics, pretrain
 
 SEQUENCE, BATCH, HIDDEN, VOCAB = 10, 3, 16, 50
 
@@ -82,11 +84,18 @@ def test_no_tensor_holds_the_logits_of_more_than_a_chunk() -> None:
     assert chunked.elements == 32 * 100
 
 
-def test_auto_takes_chunks_where_the_logits_are_large() -> None:
-    assert takes_chunks("auto", 4096 * 32000)  # the 2B at micro-batch 1
-    assert not takes_chunks("auto", 4 * 256 * 2048)
-    assert takes_chunks("chunked", 1)
-    assert not takes_chunks("whole", 1 << 40)
+@pytest.mark.parametrize(
+    ("settings", "chunk"),
+    [
+        (["training.micro_batch_size=1"], 1024),  # 4,096 tokens of 32,000 logits
+        (["training.micro_batch_size=1", "parallel.tensor=2"], None),
+        (["training.micro_batch_size=2", "parallel.tensor=2"], 1024),
+        (["kernels.cross_entropy=whole", "training.micro_batch_size=8"], None),
+        (["kernels.cross_entropy=chunked", "parallel.tensor=8"], 1024),
+    ],
+)
+def test_auto_takes_chunks_where_the_logits_of_the_2b_are_large(settings, chunk) -> None:
+    assert loss_chunk(load_config(ROOT / "configs/models/llama_2b.yaml", settings)) == chunk
 
 
 @pytest.mark.parametrize(
