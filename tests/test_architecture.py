@@ -87,6 +87,8 @@ def test_data_tools_stands_alone() -> None:
         "megatron_ext.rope.bound",
         "megatron_ext.rope.frequencies",
         "megatron_ext.checkpoint.manifest",
+        "megatron_ext.checkpoint.huggingface",
+        "megatron_ext.evaluation.retrieval",
         "megatron_ext.planning.preflight",
         "megatron_ext.training.status",
         "megatron_ext.jobs.__main__",
