@@ -11,7 +11,7 @@ def test_killed_while_saving_and_in_a_step_nothing_is_lost(tmp_path: Path, corpu
     plan = [("SIGKILL rank", "save"), ("SIGKILL launcher", "step")]
     report = chaos(tmp_path, write_config(tmp_path, corpus), len(plan), seed=1, plan=plan)
     assert report.ok, report.text()
-    assert report.struck.total() == 2 and report.finished == 1 and report.compared > 100
+    assert report.struck.total() == 2 and report.finished == 1 and report.compared > 60
 
 
 @pytest.mark.slow

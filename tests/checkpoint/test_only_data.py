@@ -101,10 +101,10 @@ def test_every_command_refuses_code_and_runs_none(
     pretrain(*short)
     run_dir = tmp_path / "run"
     (folder,) = (run_dir / "checkpoints").iterdir()
-    size = 0
-    for name in ("__0_0.distcp", ".metadata", "common.pt"):
-        torch.save(Payload(marker), folder / name)
-        size = (folder / name).stat().st_size
+    torch.save(Payload(marker), folder / "__0_0.distcp")
+    size = (folder / "__0_0.distcp").stat().st_size
+    for name in (".metadata", "common.pt"):
+        (folder / name).write_bytes(pickle.dumps(Payload(marker)))
     index = json.loads((folder / "tensors.json").read_text())
     for whole in index.values():
         for chunk in whole["chunks"]:
