@@ -5,12 +5,12 @@ tokens = loss_chunk(config)         # of one chunk of the cross-entropy, None fo
 
 from megatron_ext.config import Config
 
-# Enough rows to fill a GPU's matrix units; 66 MB of bf16 logits at a vocabulary of 32,000.
+# Enough rows to fill a GPU's matrix units; 257 MB of bf16 logits at a vocabulary of 125,696.
 CHUNK_TOKENS = 1024
 
-# Logits from which `auto` takes chunks: they would hold half a GB at the loss, and making them
-# twice costs the 2B model 1% of a step's FLOPs. Below, memory is no question.
-MANY_LOGITS = 1 << 26
+# Logits from which `auto` takes chunks: they would hold 6 GB at the loss. Making them twice costs
+# the 2B model with its large vocabulary 4% of a step's FLOPs: not worth it where memory is free.
+MANY_LOGITS = 1 << 30
 
 
 def loss_chunk(config: Config) -> int | None:

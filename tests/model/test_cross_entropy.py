@@ -87,9 +87,9 @@ def test_no_tensor_holds_the_logits_of_more_than_a_chunk() -> None:
 @pytest.mark.parametrize(
     ("settings", "chunk"),
     [
-        (["training.micro_batch_size=1"], 1024),  # 4,096 tokens of 32,000 logits
-        (["training.micro_batch_size=1", "parallel.tensor=2"], None),
-        (["training.micro_batch_size=2", "parallel.tensor=2"], 1024),
+        (["training.micro_batch_size=1"], None),  # 4,096 tokens of 125,696 logits
+        (["training.micro_batch_size=4"], 1024),
+        (["training.micro_batch_size=4", "parallel.tensor=2"], None),
         (["kernels.cross_entropy=whole", "training.micro_batch_size=8"], None),
         (["kernels.cross_entropy=chunked", "parallel.tensor=8"], 1024),
     ],
