@@ -85,7 +85,14 @@ class Cluster:
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`; of an array, those of its first record."""
-        line = self.run("scontrol", "show", "job", "--oneliner", job).stdout.splitlines()[0]
+        lines: list[str] = []
+
+        def answered() -> bool:
+            lines[:] = self.run("scontrol", "show", "job", "--oneliner", job).stdout.splitlines()
+            return bool(lines)
+
+        self.until(answered, f"scontrol tells of job {job}", 30)
+        line = lines[0]
         return dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(\S*)", line))
 
     def wait(self, job: str, timeout: float = 300) -> dict[str, str]:
@@ -93,7 +100,8 @@ class Cluster:
 
         def ended() -> bool:
             text = self.run("scontrol", "show", "job", "--oneliner", job).stdout
-            return not ACTIVE & set(re.findall(r"JobState=(\w+)", text))
+            states = set(re.findall(r"JobState=(\w+)", text))
+            return bool(states) and not ACTIVE & states  # a controller in a hurry answers nothing
 
         self.until(ended, f"job {job} ends", timeout)
         return self.job(job)
