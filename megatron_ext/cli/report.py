@@ -8,20 +8,28 @@ import typer
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_OR_SWEEP", help="Folders of runs or sweeps.")
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(help="The page to write.  [report.html in the run's or the runs' folder]"),
+        typer.Option(
+            help="The page to write.  [report.html in the folder given, or that holds all given]"
+        ),
     ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="Share of prompts answered right that counts as retrieving.")
+    ] = 0.8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the paths as JSON.")] = False,
 ) -> None:
     """Write one self-contained HTML page about runs, with figures and their numbers beside it.
 
     Example: megatron-ext report runs/demo/below runs/demo/above
+    Example: megatron-ext report runs/rope_base --threshold 0.9
     """
     from megatron_ext.study.report import write_report
 
-    page = write_report(runs, output)
+    page = write_report(runs, output, threshold)
     if as_json:
         print(json.dumps({"report": str(page), "figures": str(page.parent / "figures")}))
     else:

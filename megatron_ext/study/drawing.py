@@ -2,10 +2,11 @@
 
     drawn = figure("loss", "Loss while training", caption, paint, table, legend, 340, 260)
     drawn.wide, drawn.narrow                     # inline SVG
-    drawn.save(Path("runs/demo/figures"))        # loss.png, loss.csv
+    drawn.save(Path("runs/demo/figures"))        # loss.png, loss.svg, loss.csv
 
 The SVG names colours by CSS variable (--ink, --muted, --grid, --fail, --s0 ..), so that one drawing
-serves the light and the dark page; the PNG has the light ones. Needs matplotlib (extra `report`).
+serves the light and the dark page; the files have the light ones. Needs matplotlib (extra
+`report`).
 """
 
 import csv
@@ -48,13 +49,15 @@ class Figure:
     wide: str  # SVG
     narrow: str
     png: bytes
+    svg: bytes  # a file of its own: no variables in it
     table: Table
     legend: list[tuple[str, str]]  # CSS colour and text
 
     def save(self, folder: Path) -> None:
-        """Write NAME.png and NAME.csv."""
+        """Write NAME.png, NAME.svg and NAME.csv."""
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / f"{self.name}.png", self.png)
+        replace_file(folder / f"{self.name}.svg", self.svg)
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(self.table[0])
@@ -98,14 +101,13 @@ def figure(
             canvas.savefig(stream, **how)
         return stream.getvalue()
 
-    def svg(width: int, height: int) -> str:
-        drawn = render(width, height, format="svg", transparent=True, metadata={"Date": None})
-        return for_page(drawn.decode(), title)
+    def svg(width: int, height: int) -> bytes:
+        return render(width, height, format="svg", transparent=True, metadata={"Date": None})
 
-    return Figure(
-        name, title, caption, svg(_WIDE, wide_height), svg(_NARROW, narrow_height),
-        render(_WIDE, wide_height, format="png", dpi=160), table, legend,
-    )  # fmt: skip
+    wide, narrow = svg(_WIDE, wide_height), svg(_NARROW, narrow_height)
+    png = render(_WIDE, wide_height, format="png", dpi=160)
+    pages = for_page(wide.decode(), title), for_page(narrow.decode(), title)
+    return Figure(name, title, caption, *pages, png, wide, table, legend)
 
 
 def for_page(svg: str, title: str) -> str:

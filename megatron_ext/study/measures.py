@@ -3,7 +3,7 @@
     effective_context(results["lengths"], 0.8)      # tokens, with a 95% interval
     fit_power_law([128, 256, 512, 1024], [4.1, 3.9, 3.8, 3.75])      # alpha, beta, gamma
 
-Needs numpy alone.
+Needs neither torch nor matplotlib.
 """
 
 import math
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from megatron_ext.study.runs import Run
 
 THRESHOLD = 0.8  # share of prompts answered right, unless the user says another
 _Z = 1.959963984540054  # normal quantile of 97.5%
@@ -135,3 +137,19 @@ def fit_power_law(context: Sequence[int], loss: Sequence[float]) -> PowerLaw:
     except OverflowError:
         raise NoFit("the loss does not bend like a power of the context") from None
     return PowerLaw(alpha, beta, gamma, math.sqrt(squares / len(c)))
+
+
+def losses_within(run: Run) -> list[tuple[int, float]]:
+    """Context length and loss, up to the trained context: beyond it no law is claimed."""
+    entries = run.perplexity["lengths"] if run.perplexity else []
+    most = run.config.training.sequence_length
+    return [(e["length"], e["loss"]) for e in entries if e["length"] <= most]
+
+
+def law_of(run: Run) -> PowerLaw | str:
+    """The run's power law, or why it has none."""
+    points = losses_within(run)
+    try:
+        return fit_power_law([length for length, _ in points], [loss for _, loss in points])
+    except NoFit as error:
+        return str(error)

@@ -1,10 +1,11 @@
 """Runs to one self-contained HTML page: what the theory says, what was measured, what was run.
 
     write_report([Path("runs/demo/below"), Path("runs/demo/above")], Path("runs/demo/report.html"))
+    write_report([Path("runs/rope_base")])        # a sweep: every run in the folder
 
 Works offline, in light and dark, on a phone and a desktop. The figures are also written beside the
-page as figures/NAME.png with NAME.csv. What a run lacks is said on the page. Refuses (UserError) a
-folder that is no run, and to work without the `report` extra.
+page as figures/NAME.png and NAME.svg with NAME.csv. What a run lacks is said on the page. Refuses
+(UserError) a folder that is no run, and to work without the `report` extra.
 """
 
 import datetime
@@ -12,23 +13,29 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_ext.errors import UserError
 from megatron_ext.planning.parameters import count_parameters
-from megatron_ext.study.runs import HORIZON, Run, count, read_run
+from megatron_ext.study.measures import THRESHOLD, effective_context
+from megatron_ext.study.runs import HORIZON, Arm, Run, arms, count, read_runs
+from megatron_ext.study.table import reach, table
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
+def write_report(
+    folders: Sequence[Path], output: Path | None = None, threshold: float = THRESHOLD
+) -> Path:
     """Write the page and its figures; returns the page. Raises UserError.
 
-    `output` unset: report.html in the run's folder, or in the folder that holds all the runs.
+    folders: of runs, or of sweeps. threshold: share of prompts that counts as retrieving. `output`
+    unset: report.html in the one folder given, or in the folder that holds all of them.
     """
-    runs = [read_run(folder) for folder in folders]
+    if not 0 < threshold <= 1:
+        raise UserError(f"--threshold {threshold:g} is no share: write one above 0, up to 1")
+    runs = read_runs(folders)
     if output is None:
-        common = folders[0] if len(runs) == 1 else _common_parent(folders)
+        common = folders[0] if len(folders) == 1 else _common_parent(folders)
         output = common / "report.html"
     try:
         import jinja2
@@ -38,17 +45,17 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         raise UserError(
             f"the report needs {error.name}: install it with pip install 'megatron-ext[report]'"
         ) from None
-    drawn = figures.draw(runs)
+    drawn = figures.draw(runs, threshold)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=_title(runs),
-        summary=summary(runs),
+        summary=summary(runs, threshold),
         remarks=remarks(runs),
         figures=drawn,
         absent=_absent(runs),
         names=[run.name for run in runs],
-        colors=[f"var(--s{k % 8})" for k in range(len(runs))],
-        table=table(runs),
+        colors=_colors(runs),
+        table=table(runs, threshold),
         written=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -58,31 +65,38 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     return output
 
 
-def summary(runs: Sequence[Run]) -> list[str]:
+def summary(runs: Sequence[Run], threshold: float = THRESHOLD) -> list[str]:
     """What the runs show, one sentence or two each; nothing that the numbers do not say."""
-    return [_run_summary(run) for run in runs] + _comparison(runs)
+    return [_run_summary(run) for run in runs] + _retrieval(runs, threshold) + _comparison(runs)
 
 
 def remarks(runs: Sequence[Run]) -> list[str]:
     """What a reader has to know before believing the figures."""
     found = []
-    fingerprints = {run.fingerprint for run in runs}
-    if len(runs) > 1:
-        if len(fingerprints) == 1 and None not in fingerprints:
-            found.append("All runs read the same tokens in the same order.")
-        else:
-            found.append(
-                "The runs did not read the same tokens in the same order, so differences between "
-                "them are not due to the base alone."
-            )
+    groups = arms(runs)
+    if len(groups) > 1:
+        found.append(_data_remark(groups))
+    repeats = sorted({len(arm.runs) for arm in groups})
+    if repeats == [1] and len(groups) > 1:
         found.append(
             "Each run was trained once: how much of a difference is chance, one seed cannot tell."
+        )
+    elif repeats != [1]:
+        spread = " to ".join(str(n) for n in dict.fromkeys((repeats[0], repeats[-1])))
+        found.append(
+            f"Each setting was trained with {spread} seeds; runs of one setting have one colour."
         )
     if any(run.perplexity for run in runs):
         found.append(
             "Perplexity is a weak witness. A low one beyond the trained context does not mean that "
             "distant tokens are used: the paper's point is that a small base can keep perplexity "
             "low while retrieval fails."
+        )
+    if any(run.retrieval for run in runs):
+        found.append(
+            "An answer counts as retrieved when greedy decoding would write it to the last token. "
+            "The theory speaks of distances, a prompt has facts at all depths, and a model may "
+            "fail for other reasons than its base: too little training, above all."
         )
     tokens = max((run.training[-1]["tokens"] for run in runs if run.training), default=0)
     weights = max(count_parameters(run.config.model).total for run in runs)
@@ -93,31 +107,6 @@ def remarks(runs: Sequence[Run]) -> list[str]:
         )
     found += [note for run in runs for note in _notes(run)]
     return list(dict.fromkeys(found))
-
-
-def table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """What was run: a row for each fact, a column for each run."""
-    return [
-        ("Base", [f"{run.config.rope.base:,.6g}" for run in runs]),
-        ("Rule", [run.config.rope.scaling.type for run in runs]),
-        ("Context length", [f"{run.config.training.sequence_length:,} tokens" for run in runs]),
-        ("Head dimension", [str(run.config.model.head_dim) for run in runs]),
-        ("Bound at this context", [_verdict(run) for run in runs]),
-        ("First failing distance", [_failing(run) for run in runs]),
-        ("Parameters", [count(count_parameters(run.config.model).total) for run in runs]),
-        ("Tokens", [_last(run, "tokens", count) for run in runs]),
-        ("Steps", [f"{run.steps_done:,} of {run.config.training.steps:,}" for run in runs]),
-        ("Final training loss", [_last(run, "loss", "{:.3f}".format) for run in runs]),
-        ("Validation loss", [_validation(run) for run in runs]),
-        ("Training time", [_seconds(run) for run in runs]),
-        ("Layout", [_layout(run) for run in runs]),
-        ("Device", [str(run.environment.get("device", "—")) for run in runs]),
-        ("Code revision", [_revision(run) for run in runs]),
-        ("Data fingerprint", [run.fingerprint or "—" for run in runs]),
-        ("Slurm job", [str(run.environment.get("slurm_job_id") or "none") for run in runs]),
-        ("Folder", [str(run.folder) for run in runs]),
-        ("Missing", ["; ".join(run.missing) or "nothing" for run in runs]),
-    ]
 
 
 def _run_summary(run: Run) -> str:
@@ -144,6 +133,26 @@ def _run_summary(run: Run) -> str:
     )
 
 
+def _retrieval(runs: Sequence[Run], threshold: float) -> list[str]:
+    said = []
+    for arm in arms(runs):
+        failing = arm.first.first_failing_distance
+        theory = f"up to {failing - 1:,}" if failing else f"{HORIZON:,} and more"
+        for task in dict.fromkeys(task for run in arm.runs for task in run.retrieval):
+            reached = [
+                reach(effective_context(run.retrieval[task]["lengths"], threshold))
+                for run in arm.runs
+                if task in run.retrieval
+            ]
+            one = "tokens retrieved" if len(reached) == 1 else "tokens retrieved, one for each seed"
+            said.append(
+                f"{arm.name}, {task} at {threshold:.0%} or more: {'; '.join(reached)} {one}; the "
+                f"theory allows {theory}, the trained context is "
+                f"{arm.first.config.training.sequence_length:,}."
+            )
+    return said
+
+
 def _comparison(runs: Sequence[Run]) -> list[str]:
     known = [run for run in runs if run.perplexity]
     said = []
@@ -168,6 +177,20 @@ def _comparison(runs: Sequence[Run]) -> list[str]:
     return said
 
 
+def _data_remark(groups: Sequence[Arm]) -> str:
+    read = [sorted(str(run.fingerprint) for run in arm.runs) for arm in groups]
+    if any(run.fingerprint is None for arm in groups for run in arm.runs) or any(
+        other != read[0] for other in read
+    ):
+        return (
+            "The runs did not read the same tokens in the same order, so differences between "
+            "them are not due to the base alone."
+        )
+    if len(read[0]) > 1:
+        return "Runs of one seed read the same tokens in the same order."
+    return "All runs read the same tokens in the same order."
+
+
 def _absent(runs: Sequence[Run]) -> list[str]:
     return [f"{run.name}: {what}" for run in runs for what in run.missing]
 
@@ -186,57 +209,9 @@ def _title(runs: Sequence[Run]) -> str:
     return f"{len(bases)} RoPE bases from {bases[0]:,g} to {bases[-1]:,g}"
 
 
-def _verdict(run: Run) -> str:
-    verdict = run.verdict
-    if verdict.feasible:
-        return f"holds (least Bₘ {verdict.min_b:.2f})"
-    return f"fails at {verdict.failing_share:.0%} of distances (least Bₘ {verdict.min_b:.2f})"
-
-
-def _failing(run: Run) -> str:
-    failing = run.first_failing_distance
-    if failing is None:
-        return f"none below {HORIZON:,}"
-    where = "within" if failing < run.config.training.sequence_length else "beyond"
-    return f"{failing:,} ({where} the context)"
-
-
-def _last(run: Run, key: str, form: Any) -> str:
-    return form(run.training[-1][key]) if run.training else "—"
-
-
-def _validation(run: Run) -> str:
-    return f"{run.validation[-1]['validation_loss']:.3f}" if run.validation else "—"
-
-
-def _seconds(run: Run) -> str:
-    """Mean of the logged step times, times the steps: what the steps took, without start-ups."""
-    times = [record["step_time_s"] for record in run.training]
-    if not times:
-        return "—"
-    seconds = sum(times) / len(times) * run.steps_done
-    if seconds < 120:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
-
-
-def _layout(run: Run) -> str:
-    parallel, size = run.config.parallel, run.environment.get("world_size")
-    if not size:
-        return "—"
-    data = size // parallel.model_ranks
-    ranks = f"{size} ranks" if size > 1 else "1 rank"
-    context = f" × context {parallel.context}" if parallel.context > 1 else ""
-    model = f"tensor {parallel.tensor} × pipeline {parallel.pipeline}{context}"
-    return f"{ranks}: {model} × data {data}"
-
-
-def _revision(run: Run) -> str:
-    revision = run.environment.get("code_revision")
-    if not revision:
-        return "—"
-    name, dirty, _ = revision.partition("-dirty")
-    return name[:12] + (" with changes" if dirty else "")
+def _colors(runs: Sequence[Run]) -> list[str]:
+    places = {run.folder: k for k, arm in enumerate(arms(runs)) for run in arm.runs}
+    return [f"var(--s{places[run.folder] % 8})" for run in runs]
 
 
 def _common_parent(folders: Sequence[Path]) -> Path:

@@ -1,14 +1,18 @@
 """Run folders with every file that a report reads, and with some of them missing."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from megatron_ext.config import load_config, save_config
 from tests.conftest import ROOT
+
+LOSSES = {128: 4.0, 256: 4.0, 1024: 4.0}
+SCHEMA = json.loads((ROOT / "megatron_ext/evaluation/results.schema.json").read_text())
 
 
 @pytest.fixture
@@ -22,8 +26,8 @@ def write_run(
 ) -> Path:
     """A run folder as a run of the demo would leave it, of few steps."""
     folder = parent / name
-    folder.mkdir()
-    arm = name if name in ("below", "above") else "above"
+    folder.mkdir(parents=True)
+    arm = "below" if name.startswith("below") else "above"
     overrides = [f"training.run_dir={folder}", "training.steps=40", f"training.seed={seed}"]
     config = load_config(ROOT / f"configs/demo/{arm}.yaml", overrides)
     save_config(config, folder / "config.yaml")
@@ -45,8 +49,8 @@ def write_run(
     return folder
 
 
-def write_perplexity(folder: Path, step: int) -> None:
-    """What `megatron-ext evaluate` writes."""
+def write_perplexity(folder: Path, step: int, losses: Mapping[int, float] = LOSSES) -> None:
+    """What `megatron-ext evaluate` writes; `losses`: by length."""
     lengths = [
         {
             "length": length,
@@ -54,7 +58,7 @@ def write_perplexity(folder: Path, step: int) -> None:
             "windows": 9,
             "tokens_scored": 4000,
             "documents": 3,
-            "loss": 4.0,
+            "loss": loss,
             "token_weighted_perplexity": 60.0 + length / 100,
             "mean_document_perplexity": 62.0 + length / 100,
             "loss_by_position": [
@@ -62,14 +66,45 @@ def write_perplexity(folder: Path, step: int) -> None:
                 for p in range(0, length, length // 8)
             ],
         }
-        for length in (128, 256, 1024)
+        for length, loss in losses.items()
     ]
+    text = {"documents": 3, "tokens": 4003, "longest_document": 2000}
+    text["notes"] = ["3 of 9 documents were scored"]
+    write_results(folder, "perplexity", step, lengths, text=text)
+
+
+def write_retrieval(
+    folder: Path, task: str, correct: dict[int, list[int]], step: int = 40, samples: int = 10
+) -> None:
+    """What `megatron-ext evaluate --tasks` writes; `correct`: by length, at depths 0, 50, 100%."""
+    entries = []
+    for length, counts in correct.items():
+        given = list(zip((0.0, 50.0, 100.0), counts, strict=True))
+        records = [
+            {
+                "task": task, "length": length, "depth": depth, "seed": 1, "sample": number,
+                "answer": "1", "prediction": "1" if number < right else "2",
+                "correct": number < right,
+            }
+            for depth, right in given
+            for number in range(samples)
+        ]  # fmt: skip
+        depths = [{"depth": d, "samples": samples, "correct": right} for d, right in given]
+        entry = {"length": length, "samples": len(records), "depths": depths, "records": records}
+        entries.append({**entry, "accuracy": sum(counts) / len(records)})
+    write_results(folder, task, step, entries)
+
+
+def write_results(folder: Path, task: str, step: int, lengths: list, **more: dict) -> None:
     results = {
         "format": 1,
-        "task": "perplexity",
-        "checkpoint": {"step": step},
-        "text": {"documents": 3, "tokens": 4003, "notes": ["3 of 9 documents were scored"]},
+        "task": task,
+        "checkpoint": {"step": step, "manifest_sha256": "cd" * 32},
+        "settings": {"bos": None},
+        "aggregation": {},
+        **more,
         "lengths": lengths,
     }
-    (folder / "evaluation").mkdir()
-    (folder / "evaluation/perplexity.json").write_text(json.dumps(results))
+    jsonschema.validate(results, SCHEMA)
+    (folder / "evaluation").mkdir(exist_ok=True)
+    (folder / f"evaluation/{task}.json").write_text(json.dumps(results))

@@ -13,7 +13,7 @@ import pytest
 from megatron_ext.errors import UserError
 from megatron_ext.rope.bound import b_values, base_frequencies
 from tests.conftest import ROOT
-from tests.study.conftest import write_run
+from tests.study.conftest import write_perplexity, write_retrieval, write_run
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -76,10 +76,100 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report([write_run(folder, "below"), write_run(folder, "above")])
 
 
-def test_the_page_is_whole_and_asks_for_nothing_outside(page: Path) -> None:
-    html = page.read_text()
+@pytest.fixture(scope="module")
+def sweep_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two bases, two seeds of each, with retrieval, given as the folder that holds them."""
+    folder = tmp_path_factory.mktemp("sweeps") / "bases"
+    found = {
+        "below-seed_1": {64: [10, 10, 10], 128: [10, 8, 7], 256: [9, 1, 0], 512: [0, 0, 0]},
+        "below-seed_2": {64: [10, 9, 10], 128: [8, 6, 9], 256: [9, 2, 1], 512: [0, 0, 0]},
+        "above-seed_1": {64: [10, 10, 10], 128: [10, 10, 9], 256: [10, 10, 9], 512: [5, 0, 1]},
+        "above-seed_2": {64: [10, 10, 10], 128: [10, 10, 10], 256: [10, 10, 10], 512: [9, 9, 9]},
+    }
+    for name, correct in found.items():
+        run = write_run(folder, name, seed=int(name[-1]))
+        write_retrieval(run, "passkey", correct)
+        losses = {c: (40 / c) ** 0.5 + 3 for c in (32, 64, 128, 256)}
+        write_perplexity(run, 40, {**losses, 512: 9.0})
+    (folder / "not_begun").mkdir()
+    return write_report([folder])
+
+
+def rows(page: Path, name: str) -> list[dict[str, str]]:
+    with (page.parent / f"figures/{name}.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_sweep_s_folder_becomes_a_page_with_its_seeds_together(sweep_page: Path) -> None:
+    assert sweep_page.parent.name == "bases"
+    parsed = Page(sweep_page.read_text())
+    assert "Effective context against base" in parsed.headings
+    assert "Retrieval by length and depth: passkey" in parsed.headings
+    assert "Runs of one seed read the same tokens in the same order." in parsed.words
+    assert "below (base 100, 2 seeds)" in parsed.words
+    assert {row["run"] for row in rows(sweep_page, "bound")} == {"below", "above"}
+    assert len({row["run"] for row in rows(sweep_page, "loss")}) == 4
+
+
+def test_effective_context_stands_beside_the_theory_s(sweep_page: Path) -> None:
+    found = {row["run"]: row for row in rows(sweep_page, "effective_context")}
+    # 25 of 30 at 128 (Wilson .664 to .927), 10 of 30 at 256; 23 of 30 at 128 (.591 to .882).
+    expected = {
+        "below-seed_1": ("128", "64", "128", "45"),
+        "below-seed_2": ("64", "64", "128", "45"),
+        "above-seed_1": ("256", "256", "256", "724"),
+        "above-seed_2": ("512", "256", "512", "724"),
+    }
+    keys = ("effective_context", "low", "high", "theory_usable_context")
+    assert {name: tuple(row[key] for key in keys) for name, row in found.items()} == expected
+    words = Page(sweep_page.read_text()).words
+    assert "128 (95%: 64 to 128); 64 (95%: 64 to 128) tokens retrieved, one for each" in words
+    assert "at least 512 (95%: 256 to 512)" in words
+    assert "Effective context, passkey ≥ 80%" in words
+    heat = rows(sweep_page, "retrieval_passkey")
+    assert len(heat) == 4 * 4 * 3
+    assert [row["correct"] for row in heat if row["run"] == "below-seed_1"][3:6] == ["10", "8", "7"]
+
+
+def test_the_power_law_is_of_lengths_within_the_trained_context(sweep_page: Path) -> None:
+    law = rows(sweep_page, "context_law")
+    assert {row["length"] for row in law} == {"32", "64", "128", "256"}
+    for row in law:
+        assert float(row["alpha"]) == pytest.approx(40, rel=1e-2)
+        assert float(row["beta"]) == pytest.approx(0.5, rel=1e-3)
+        assert float(row["fitted"]) == pytest.approx(float(row["loss"]), abs=1e-5)
+
+
+def test_where_no_law_was_fitted_the_table_says_why(page: Path) -> None:
+    assert not (page.parent / "figures/context_law.csv").exists()
+    assert "not fitted: 2 lengths within the trained context" in Page(page.read_text()).words
+
+
+def test_jobs_and_checkpoint_of_every_result_are_named(make_run: MakeRun) -> None:
+    run = make_run("above")
+    lines = ['{"event": "began", "time": 1, "job": "77", "restart": 0}'] * 2
+    lines.append(lines[0].replace("77", "78"))
+    (run / "jobs.jsonl").write_text("\n".join(lines) + "\n")
+    write_retrieval(run, "passkey", {64: [1, 2, 3]}, step=20)
+    words = Page(write_report([run]).read_text()).words
+    assert "Slurm jobs 77, 78" in words
+    assert "step 40 cdcdcdcdcdcd: perplexity; step 20 cdcdcdcdcdcd: passkey" in words
+    assert "above: passkey at step 20, not at the last one" in words
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.5, 80.0])
+def test_a_threshold_that_is_no_share_is_refused(threshold: float, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--threshold .* is no share"):
+        write_report([tmp_path], threshold=threshold)
+
+
+@pytest.mark.parametrize(("which", "figures"), [("page", 4), ("sweep_page", 7)])
+def test_the_page_is_whole_and_asks_for_nothing_outside(
+    which: str, figures: int, request: pytest.FixtureRequest
+) -> None:
+    html = request.getfixturevalue(which).read_text()
     parsed = Page(html)
-    assert parsed.counts["svg"] == 2 * 4  # wide and narrow
+    assert parsed.counts["svg"] == 2 * figures  # wide and narrow
     assert "Loss while training" in parsed.headings
     assert "Perplexity against context length" in parsed.headings
     assert "http:" not in html
@@ -92,14 +182,15 @@ def test_the_page_is_whole_and_asks_for_nothing_outside(page: Path) -> None:
     assert len(set(parsed.ids)) == len(parsed.ids)
 
 
-def test_no_colour_of_a_figure_is_fixed(page: Path) -> None:
+def test_no_colour_of_a_figure_is_fixed(page: Path, sweep_page: Path) -> None:
     """Otherwise a line could vanish on the dark page."""
-    for svg in re.findall(r"<svg.*?</svg>", page.read_text(), re.DOTALL):
+    html = page.read_text() + sweep_page.read_text()
+    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
         assert re.findall(r"#[0-9a-f]{6}\b", svg) == []
 
 
-def test_every_colour_is_defined_for_light_and_dark(page: Path) -> None:
-    html = page.read_text()
+def test_every_colour_is_defined_for_light_and_dark(sweep_page: Path) -> None:
+    html = sweep_page.read_text()
     for name in set(re.findall(r"var\((--[\w-]+)\)", html)):
         assert len(re.findall(rf"{name}: #", html)) == 2, name
 
@@ -124,6 +215,7 @@ def test_every_figure_has_its_numbers_beside_it(page: Path) -> None:
     tables = {}
     for name in names:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "var(" not in (folder / f"{name}.svg").read_text()
         with (folder / f"{name}.csv").open() as stream:
             tables[name] = list(csv.DictReader(stream))
     assert {row["run"] for row in tables["loss"]} == {"below", "above"}
@@ -161,7 +253,7 @@ def test_names_are_escaped(make_run: MakeRun) -> None:
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no config\.yaml: name the folder of a run"):
+    with pytest.raises(UserError, match=r"has no config\.yaml: name the folder of a run or sweep"):
         write_report([tmp_path])
 
 
@@ -179,10 +271,12 @@ def test_the_command_writes_the_page(make_run: MakeRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is not installed")
+@pytest.mark.parametrize(("which", "figures"), [("page", 4), ("sweep_page", 7)])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_browser_has_no_complaint_and_nothing_sticks_out(
-    page: Path, tmp_path: Path, width: int
+    which: str, figures: int, width: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    page = request.getfixturevalue(which)
     # A frame of that width: the window of a headless browser has a least width of its own.
     probe = page.with_name(f"probe-{width}.html")
     probe.write_text(
@@ -210,5 +304,5 @@ def test_the_browser_has_no_complaint_and_nothing_sticks_out(
         ],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert "over 0, shown 4, blank 0" in done.stdout
+    assert f"over 0, shown {figures}, blank 0" in done.stdout
     assert "CONSOLE" not in done.stderr
