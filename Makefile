@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Tests that share a file share its costly fixtures.
+BOTH_CORES := --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-slow chaos test-slurm lint format docs clean
 .DEFAULT_GOAL := help
@@ -20,7 +22,7 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m megatron_ext.study.demo $(if $(CORPUS),--corpus "$(CORPUS)")
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
+	@$(BIN)/python -m pytest $(BOTH_CORES) -m "not slow and not gpu and not slurm"
 
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest

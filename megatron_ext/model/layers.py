@@ -95,7 +95,8 @@ class _RMSNormOnCpu(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
-        scale = torch.rsqrt(mean_square + eps)
+        # A square beyond float32 would make zeros, whose loss and gradient look sound.
+        scale = torch.rsqrt(mean_square + eps).masked_fill_(mean_square.isinf(), torch.nan)
         ctx.save_for_backward(x, weight, scale)
         return (wide * scale).mul_(weight).to(x.dtype)
 

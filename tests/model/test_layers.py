@@ -31,3 +31,12 @@ def test_rms_norm_and_its_gradients_equal_those_in_float64(dtype: torch.dtype) -
         assert ours.dtype == dtype
         error = (ours.double() - theirs).norm() / theirs.norm()
         assert error < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_rms_norm_of_numbers_whose_square_overflows_is_not_silently_zero() -> None:
+    from megatron_ext.model.layers import RMSNorm
+
+    cpu.prepare()
+    norm = RMSNorm(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), 8)
+    assert norm(torch.full((2, 8), 1e30)).isnan().all()
+    assert norm(torch.full((2, 8), 1e15)).isfinite().all()

@@ -12,7 +12,7 @@ from megatron_ext.training.watch import StopSignals
 with StopSignals() as signals:
     {hold}
     print("ready", flush=True)
-    while not signals.received:
+    while not (signals.holding and signals.received):
         time.sleep(0.01)
     print("received", signals.received, flush=True)
     {after}
