@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -153,14 +154,18 @@ def sync(path: Path) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON whole or not at all: a temporary name, synced, then renamed."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    """Write JSON whole or not at all: a temporary name, synced, then renamed. Several processes, on
+    several machines, may write the same file at once: the last one stays."""
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("x") as stream:
+            json.dump(content, stream, indent=1)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _checksum(file: Path) -> str:

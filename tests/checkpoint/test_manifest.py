@@ -1,5 +1,8 @@
 """What counts as a checkpoint, what is found wrong, what may be deleted."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,22 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         manifest.write_json(file, {"a": object()})
     assert file.read_text() == '{\n "a": 1\n}\n'
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_json_that_many_processes_write_at_once_can_always_be_read(tmp_path: Path) -> None:
+    """As ranks do that are told to end before they know each other. Each writes another length."""
+    file = tmp_path / "x.json"
+    manifest.write_json(file, "x" * 300)
+    script = (
+        "import sys, pathlib; from megatron_ext.checkpoint.manifest import write_json\n"
+        "for _ in range(150): write_json(pathlib.Path(sys.argv[1]), 'x' * int(sys.argv[2]))"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script, file, str(length)])
+        for length in (10, 3_000, 30_000, 100_000)
+    ]
+    while any(writer.poll() is None for writer in writers):
+        assert set(json.loads(file.read_text())) == {"x"}
+    assert [writer.returncode for writer in writers] == [0] * 4
+    assert list(tmp_path.iterdir()) == [file]
