@@ -1,6 +1,7 @@
 """The rounds of `python -m tests.chaos`: start, wait for a moment, strike, compare, start again."""
 
 import contextlib
+import itertools
 import json
 import random
 import signal
@@ -74,11 +75,18 @@ class Run:
         self.first_step = last_step(run_dir)
 
     def ranks(self) -> list[psutil.Process]:
-        """The launcher's processes seen so far that still live; rank 0 first."""
+        """The launcher's own children; the watchdog, a child of a rank, is none."""
+        try:
+            return psutil.Process(self.process.pid).children()
+        except psutil.NoSuchProcess:
+            return []
+
+    def members(self) -> list[psutil.Process]:
+        """All processes below the launcher seen so far that still live."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 self.family.setdefault(child.pid, child)
-        return [self.family[pid] for pid in sorted(self.family) if self.family[pid].is_running()]
+        return [member for member in self.family.values() if member.is_running()]
 
     def ended(self) -> bool:
         return self.process.poll() is not None
@@ -90,15 +98,15 @@ class Run:
 
     def sweep(self) -> None:
         """Kill what is left of the processes."""
-        ranks = self.ranks()
+        members = self.members()
         self.process.kill()
-        for member in ranks:
+        for member in members:
             signal_to(member, signal.SIGKILL)
         self.process.wait(timeout=60)
         psutil.wait_procs(list(self.family.values()), timeout=60)
 
 
-def signal_to(process: psutil.Process, number: signal.Signals) -> None:
+def signal_to(process: psutil.Process | subprocess.Popen, number: signal.Signals) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
 
@@ -118,7 +126,9 @@ def wait_for(run: Run, moment: str, dice: random.Random) -> bool:
     """Until the moment has come; False when the run ended before."""
     deadline = time.monotonic() + PATIENCE_S
     if moment == "start-up":
-        time.sleep(dice.uniform(0.0, 8.0))
+        while not run.ranks() and not run.ended():
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0.0, 6.0))
         return not run.ended()
     started = time.time()
     wanted = dice.randint(2, 12)
@@ -145,21 +155,24 @@ def wait_for(run: Run, moment: str, dice: random.Random) -> bool:
     return False
 
 
-def strike(run: Run, how: str, dice: random.Random) -> None:
-    ranks = run.ranks() or [psutil.Process(run.process.pid)]
-    launcher = psutil.Process(run.process.pid)
+def strike(run: Run, how: str, dice: random.Random) -> bool:
+    """Strike and clean up; False, with nothing done, when the run has just ended."""
+    ranks = run.ranks()
+    if not ranks:
+        return False
+    members, launcher = run.members(), run.process
     if how == "SIGKILL rank":
         signal_to(dice.choice(ranks), signal.SIGKILL)
-        run.process.wait(timeout=PATIENCE_S)
+        launcher.wait(timeout=PATIENCE_S)
     elif how == "SIGKILL all":
-        for member in [launcher, *ranks]:
+        for member in [launcher, *members]:
             signal_to(member, signal.SIGKILL)
     elif how == "SIGKILL launcher":
         signal_to(launcher, signal.SIGKILL)
         time.sleep(dice.uniform(0.0, 1.0))  # the ranks go on until the cluster ends them
     elif how == "SIGTERM":
         signal_to(launcher, signal.SIGTERM)
-        run.process.wait(timeout=PATIENCE_S)
+        launcher.wait(timeout=PATIENCE_S)
     else:
         stopped = dice.choice(ranks)
         signal_to(stopped, signal.SIGSTOP)
@@ -168,6 +181,14 @@ def strike(run: Run, how: str, dice: random.Random) -> None:
             signal_to(stopped, signal.SIGCONT)
             time.sleep(dice.uniform(0.5, 1.5))  # it goes on as if nothing had been
     run.sweep()
+    return True
+
+
+def draw(rounds: int, dice: random.Random) -> list[tuple[str, str]]:
+    """A (strike, moment) for each round: every pair comes once before any comes again."""
+    pairs = list(itertools.product(STRIKES, MOMENTS))
+    first = dice.sample(pairs, min(rounds, len(pairs)))
+    return first + dice.choices(pairs, k=rounds - len(first))
 
 
 def compare(run_dir: Path, reference: dict, report: Report) -> list[str]:
@@ -193,6 +214,7 @@ def chaos(
 ) -> Report:
     """Play `rounds` rounds; `plan` names (strike, moment) pairs instead of drawing them."""
     dice, report = random.Random(seed), Report()
+    plan = plan or draw(rounds, dice)
     alone = Run(config_file, folder / "alone")
     assert alone.wait() == 0, (folder / "alone.log").read_text()[-4000:]
     reference = {
@@ -203,13 +225,10 @@ def chaos(
     number, played = 0, 0
     while played < rounds or last_step(folder / f"run{number}"):
         run_dir = folder / f"run{number}"
-        how, moment = dice.choice(STRIKES), dice.choice(MOMENTS)
-        if plan and played < rounds:
-            how, moment = plan[played]
+        how, moment = plan[min(played, rounds - 1)]
         run = Run(config_file, run_dir)
-        if played < rounds and wait_for(run, moment, dice):
+        if played < rounds and wait_for(run, moment, dice) and strike(run, how, dice):
             report.struck[how, moment] += 1
-            strike(run, how, dice)
             played += 1
             problems = compare(run_dir, reference, report)
             newest = find_checkpoints(run_dir)[:1]
