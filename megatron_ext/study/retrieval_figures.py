@@ -14,7 +14,7 @@ from megatron_ext.rope.frequencies import rotary_dimensions
 from megatron_ext.study.axes import labels, legend, looks, short
 from megatron_ext.study.drawing import GRID, INK, MUTED, SERIES, Figure, figure
 from megatron_ext.study.measures import EffectiveContext, effective_context
-from megatron_ext.study.runs import Arm, Run, arms
+from megatron_ext.study.runs import HORIZON, Arm, Run, arms
 
 _BASES = 160  # of the theory's line
 
@@ -151,7 +151,7 @@ def effective_context_figure(runs: Sequence[Run], threshold: float) -> Figure | 
         (
             run.name, run.config.rope.base, run.config.training.seed, task, threshold,
             found.tokens, found.low, found.high, found.longest,
-            run.config.training.sequence_length, usable(run, 1 << 20),
+            run.config.training.sequence_length, usable(run),
         )
         for run, task, found in known
     ]  # fmt: skip
@@ -174,10 +174,10 @@ def effective_context_figure(runs: Sequence[Run], threshold: float) -> Figure | 
     )  # fmt: skip
 
 
-def usable(run: Run, horizon: int) -> int:
-    """What the theory allows the run, tokens; horizon - 1 where nothing below it fails."""
-    found = usable_context(run.inv_freq, horizon)
-    return horizon - 1 if found is None else found
+def usable(run: Run) -> int:
+    """What the theory allows the run's own rule, tokens; HORIZON - 1 where nothing below fails."""
+    failing = run.first_failing_distance
+    return (HORIZON if failing is None else failing) - 1
 
 
 def _theory(
@@ -206,7 +206,7 @@ def _effective_point(
     marker = "^" if found.tokens == found.longest else "o"
     axes.plot(at, y, marker, color=color, ms=7, alpha=0.9)
     if run.config.rope.scaling.type != "none":
-        own = max(floor, usable(run, 4 * found.longest))
+        own = max(floor, usable(run))
         axes.plot(at, own, "o", ms=11, mfc="none", mec=INK, mew=1.2)
 
 
@@ -214,8 +214,8 @@ def _effective_axes(axes: Axes, runs: Sequence[Run], shortest: int, longest: int
     for context in {run.config.training.sequence_length for run in runs}:
         axes.axhline(context, color=MUTED, lw=1.4, ls=(0, (1, 2)))
         axes.annotate(
-            "trained context", (1, context), (-4, 4), xycoords=("axes fraction", "data"),
-            textcoords="offset points", color=MUTED, ha="right",
+            "trained context", (0, context), (4, 4), xycoords=("axes fraction", "data"),
+            textcoords="offset points", color=MUTED, ha="left",
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log", base=2)
