@@ -97,7 +97,10 @@ def note_rollback(config: Config, back_to: int, done: int, guard: LossGuard) -> 
     """Keep that the run went from `done` steps back to the checkpoint of `back_to` (rank 0)."""
     kept = [rolled for rolled in _rollbacks(config) if rolled["from"] != back_to]
     noted = {"from": back_to, "to": done, WINDOW: list(guard.window)}
-    write_json(config.training.run_dir / "rollbacks.json", [*kept, noted])
+    try:
+        write_json(config.training.run_dir / "rollbacks.json", [*kept, noted])
+    except OSError as error:
+        log.warning("a run started again will not know of the roll back: %s", error)
 
 
 def _rollbacks(config: Config) -> list[dict[str, Any]]:

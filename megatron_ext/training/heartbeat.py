@@ -124,8 +124,9 @@ def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
     return [beat for file in files if (beat := read_heartbeat(file))]
 
 
-def forget_heartbeats(run_dir: Path, size: int) -> None:
-    """Remove those of ranks that a smaller world no longer has."""
+def forget_heartbeats(run_dir: Path, before: float) -> None:
+    """Remove those of an earlier start, last written before a time (seconds since the epoch). A
+    rank of this start that came first writes its own anew."""
     for beat in read_heartbeats(run_dir):
-        if beat["rank"] >= size:
+        if beat["time"] < before:
             heartbeat_file(run_dir, beat["rank"]).unlink(missing_ok=True)

@@ -9,13 +9,14 @@ Rank 0 writes; on other ranks nothing happens. What a record holds is in docs/tr
 import logging
 import statistics
 import time
+from collections.abc import Callable
 
 import psutil
 import torch
 
 from megatron_ext.checkpoint.manifest import write_json
 from megatron_ext.config import Config
-from megatron_ext.training.sinks import Record, open_sinks
+from megatron_ext.training.sinks import Record, Sink, open_sinks
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.utilization import Peak, flops_per_token
 from megatron_ext.world import World
@@ -36,6 +37,7 @@ class Journal:
         self.seconds: list[float] = []  # of the steps since the last record
         self.stalled = 0.0
         self.sinks = open_sinks(config, done_steps) if here.is_main else []
+        self._failed: set[Sink] = set()  # of which was warned
 
     def step(
         self, done: int, result: StepResult, seconds: float, data_wait: float, stalled: float = 0.0
@@ -96,10 +98,15 @@ class Journal:
         if not self.here.is_main:
             return
         file = self.run_dir / "faults" / f"step_{done:08d}.json"
-        file.parent.mkdir(exist_ok=True)
-        write_json(file, {"step": done, "fault": fault, "action": what_was_done, "batch": batch})
-        self._write({"step": done, "fault": fault, "action": what_was_done, "batch": str(file)})
-        log.warning("step %d  %s: %s; documents in %s", done, fault, what_was_done, file)
+        record = {"step": done, "fault": fault, "action": what_was_done}
+        where = f"documents in {file}"
+        try:
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, {**record, "batch": batch})
+        except OSError as error:
+            where = f"its documents could not be written: {error}"
+        self._write({**record, "batch": str(file)})
+        log.warning("step %d  %s: %s; %s", done, fault, what_was_done, where)
 
     def lacks_validation(self, done: int) -> bool:
         """Whether the validation after `done` steps was due and never measured (rank 0 knows)."""
@@ -110,12 +117,21 @@ class Journal:
         return not any(f'"step": {done}, "validation_loss"' in record for record in records)
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        self._to_each(lambda sink: sink.close())
 
     def _write(self, record: Record) -> None:
+        self._to_each(lambda sink: sink.write(record))
+
+    def _to_each(self, tell: Callable[[Sink], None]) -> None:
         for sink in self.sinks:
-            sink.write(record)
+            try:
+                tell(sink)
+            except Exception as error:  # of whatever kind its library raises
+                if sink not in self._failed:
+                    log.warning(
+                        "%s: records are lost, training goes on: %s", type(sink).__name__, error
+                    )
+                self._failed.add(sink)
 
 
 def percentile(values: list[float], percent: float) -> float:

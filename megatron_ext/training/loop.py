@@ -55,15 +55,14 @@ def train(
     batches = TimedIterator(micro_batches(data[0], config, layout, done_steps, steps), watch)
     saver = Saver(config, record, done_steps)
     validate = partial(validation, model, data[1], config, layout, journal, watch)
+    asked = lambda: watch.stop_requested  # noqa: E731
     done, stop = done_steps, False
     if done and on_any_rank(journal.lacks_validation(done)):
         stop = validate(done)  # which a signal cut short before this start
     while done < steps and not stop:
         started, batches.waited = time.monotonic(), 0.0
         watch.phase("compute", step=done + 1)
-        result = train_step(
-            done, batches, model, optimizer, config, watch.stop_requested, guard.refuses
-        )
+        result = train_step(done, batches, model, optimizer, config, asked, guard.refuses)
         done, stop = done + 1, result.stop
         journal.step(done, result, time.monotonic() - started, batches.waited, saver.stall_s)
 

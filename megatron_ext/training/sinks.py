@@ -4,8 +4,8 @@
         sink.write({"step": 12, "loss": 2.5})
         sink.close()
 
-A sink takes flat records with a `step`. One that is lost on the way (a full disk, no network) is
-for its own library to bear: training goes on.
+A sink takes flat records with a `step`. One that fails on the way (a full disk, no network) raises;
+the journal warns of it once, and training goes on.
 """
 
 import json

@@ -46,14 +46,15 @@ def train_step(
     model: Model,
     optimizer: MegatronOptimizer,
     config: Config,
-    stop_requested: bool = False,
+    stop_requested: Callable[[], bool] = lambda: False,
     refuse: Callable[[float], bool] = lambda loss: False,
 ) -> StepResult:
     """Step number `step` (the first is 0): accumulate gradients, reduce, clip, update the weights.
 
-    `stop_requested` of any rank comes back as `result.stop` on all, so that they stop together. The
-    weights stay as they were when loss or gradient is not finite, or `refuse(loss)`. The device is
-    waited for where Megatron-Core's gradient norm does so anyway, and nowhere else.
+    `stop_requested()` of any rank, asked behind the backward pass, comes back as `result.stop` on
+    all, so that they stop together. The weights stay as they were when loss or gradient is not
+    finite, or `refuse(loss)`. The device is waited for by Megatron-Core's gradient norm and, right
+    after it, by the sum of three numbers over all ranks.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
@@ -62,7 +63,7 @@ def train_step(
 
     optimizer.prepare_grads()
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad or math.inf)
-    loss_sum, tokens, stop = _sum_over_ranks(losses, stop_requested)
+    loss_sum, tokens, stop = _sum_over_ranks(losses, stop_requested())
     loss, lr = loss_sum / tokens, learning_rate(step, config)
     skipped = not (math.isfinite(grad_norm) and math.isfinite(loss)) or refuse(loss)
     if not skipped:

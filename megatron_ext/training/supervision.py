@@ -97,7 +97,7 @@ class Supervision:
         self._started = True
         if self.rank == 0:
             forget_error(self.run_dir, self._since)
-            forget_heartbeats(self.run_dir, self.size)
+            forget_heartbeats(self.run_dir, self._since)
             self._write("starting", "imports, data, model, checkpoint", requeue=True)
         self._heart.start()
         if self.local_rank == 0:

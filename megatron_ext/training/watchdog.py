@@ -56,12 +56,14 @@ class Watchdog:
         self.since = since
         self.host = socket.gethostname()
         self.ranks: dict[int, tuple[psutil.Process, Beat]] = {}  # every rank ever seen alive here
+        self.looked_at = self.awake_since = time.time()
 
     def run(self) -> None:
         """Until no rank of this host is left."""
         every_s = min(beat_interval(self.hang_timeout_s), 1.0)
         ended_at, grace_s, hurried = None, GRACE_S, False
         while True:
+            self._notice_pause()
             gone = self._look()
             alive = [beat for process, beat in self.ranks.values() if is_alive(process)]
             if self.ranks and not alive and not gone:
@@ -101,11 +103,19 @@ class Watchdog:
                     gone.append(last)
         return gone
 
+    def _notice_pause(self) -> None:
+        """A host that was suspended, this process with it, gets its whole time anew."""
+        now = time.time()
+        if now - self.looked_at > self.hang_timeout_s / 4:
+            self.awake_since = now
+        self.looked_at = now
+
     def _is_late(self, beat: Beat) -> bool:
         starting = beat["phase"] in STARTING
         limit = self.startup_timeout_s if starting else self.hang_timeout_s
         # Progress is written down with that much delay.
-        return time.time() - beat["since"] > limit + beat_interval(self.hang_timeout_s)
+        since = max(beat["since"], self.awake_since)
+        return time.time() - since > limit + beat_interval(self.hang_timeout_s)
 
     def _tell_of_gone(self, gone: list[Beat]) -> None:
         names = ", ".join(f"rank {beat['rank']} (pid {beat['pid']})" for beat in gone)
@@ -125,9 +135,18 @@ class Watchdog:
         for process, beat in self.ranks.values():
             stacks.keep(beat, process)
         time.sleep(DUMPS_S * 2 / 3)
-        message, first = judge(read_heartbeats(self.run_dir), stacks, self.hang_timeout_s)
+        message, first = judge(self._beats(), stacks, self.hang_timeout_s)
         self._tell("hung", message, first, "Hang")
         self._kill()
+
+    def _beats(self) -> list[Beat]:
+        """The heartbeats of all hosts, without those that an earlier start has left: rank 0, which
+        removes them, may be the one that never came."""
+        return [
+            beat
+            for beat in read_heartbeats(self.run_dir)
+            if beat["time"] >= self.since or beat["rank"] in self.ranks
+        ]
 
     def _tell(self, state: State, message: str, rank: int, kind: str) -> None:
         if not claim_error(self.run_dir, message + "\n", self.since):

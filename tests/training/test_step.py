@@ -1,9 +1,12 @@
-"""The learning rate, and what a step does with bad numbers."""
+"""The learning rate, and when a step asks whether to stop."""
 
+import datetime
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_ext.config import Config, load_config
 from megatron_ext.training.step import learning_rate
@@ -37,3 +40,35 @@ def test_other_shapes(config_file: Path) -> None:
     assert learning_rate(90, wsd) == pytest.approx(0.5)
     short = scheduled(config_file, "schedule.decay_steps=50", "schedule.min_lr=0.2")
     assert {learning_rate(step, short) for step in range(50, 100)} == {0.2}
+
+
+def test_a_request_to_stop_counts_for_the_step_it_comes_in(config_file: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    from megatron_ext.model.llama import build_model
+    from megatron_ext.training.optimizer import build_optimizer
+    from megatron_ext.training.step import train_step
+    from megatron_ext.world import limit_collectives
+    from tests.model.test_llama import single_process
+
+    config = load_config(config_file, ["faults.hang_timeout_s=40"])
+    asked = []
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            asked.append(True)
+            tokens = torch.ones(1, 64, dtype=torch.long)
+            yield {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, 64)}
+
+    with single_process(config):
+        limit_collectives(config)
+        groups = [
+            g for g in distributed_c10d._world.pg_map if g != dist.GroupMember.NON_GROUP_MEMBER
+        ]
+        timeouts = {g._get_backend(torch.device("cpu")).options._timeout for g in groups}
+        model = build_model(config)
+        optimizer = build_optimizer(model, config)
+        result = train_step(0, batches(), model, optimizer, config, lambda: bool(asked))
+    assert result.stop and not result.skipped
+    assert timeouts == {datetime.timedelta(seconds=40 + 60)}  # behind the watchdog
