@@ -10,6 +10,9 @@ export PYTHONUNBUFFERED=1           # log lines appear when they are written
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM=false # its threads would fork into the data loader's processes
 
+# srun does not take over the job's own --cpus-per-task (since Slurm 22.05).
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
 # How a command gets into the container: options of srun (pyxis), a prefix (Apptainer), or nothing.
 in_srun=() prefix=()
 case ${CONTAINER_IMAGE:-} in
@@ -41,6 +44,7 @@ attend() {
     local code=0
     "$@" &
     child=$!
+    [ -z "$signalled" ] || kill -USR1 "$child" 2>/dev/null || true  # it came before there was a child
     wait "$child" || code=$?
     while kill -0 "$child" 2>/dev/null; do wait "$child" || code=$?; done
     wait "$child" && code=0 || code=$?  # the end's own code, had a signal cut the first wait short
@@ -48,16 +52,28 @@ attend() {
     return "$code"
 }
 
-# Back into the queue under the same job id, away from the nodes named. When Slurm is already ending
-# the job (scancel, a limit, a requeue from outside) the decision is Slurm's.
+# Slurm's answer, asked for again while the controller is too busy to give one.
+ask() {
+    local try
+    for try in 1 2 3 4 5; do
+        "$@" && return
+        sleep $((2 * try))
+    done
+    return 1
+}
+
+# Back into the queue under the same job id, away from the nodes named: CODE [NODES]. When Slurm is
+# already ending the job (scancel, a limit, a requeue from outside) the decision is Slurm's, and the
+# code says that the run is not finished. No answer is not an end.
 requeue() {
-    [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || exit 0
-    local avoid
-    avoid=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    local state avoid
+    state=$(ask squeue --noheader --job="$SLURM_JOB_ID" --format=%T) || state=''
+    case $state in '' | RUNNING) ;; *) exit $(($1 > 0 ? $1 : 1)) ;; esac
+    avoid=$(ask scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p') || avoid=''
     avoid=${avoid#(null)}
     trap '' TERM                        # requeueing ends this script; one more command must fit
-    scontrol requeue "$SLURM_JOB_ID"
-    [ -z "$1" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${avoid:+$avoid,}$1"
+    ask scontrol requeue "$SLURM_JOB_ID"
+    [ -z "$2" ] || ask scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${avoid:+$avoid,}$2"
     exit 0
 }
 
@@ -65,7 +81,8 @@ requeue() {
 check_nodes() {
     local answers node number=0
     answers=$(mktemp -d "slurm/logs/health-$SLURM_JOB_ID.XXXXXX")
-    srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --gpu-bind=none "${in_srun[@]}" --output="$answers/%n" \
+    srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --gpu-bind=none \
+        --time=10 --kill-on-bad-exit=0 "${in_srun[@]}" --output="$answers/%n" \
         "${prefix[@]}" python -m megatron_ext.jobs health "$@" || true
     for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
         if ! grep -qsx ok "$answers/$number"; then

@@ -45,8 +45,7 @@ def begin(options: argparse.Namespace) -> int:
 
 def end(options: argparse.Namespace) -> int:
     """A job's life ends; says what comes next."""
-    lives = journal.read(options.run_dir)
-    now = lives.pop()
+    lives, now = journal.before_this(options.run_dir)
     how = outcome.end_of(
         options.run_dir,
         now,
@@ -60,6 +59,7 @@ def end(options: argparse.Namespace) -> int:
         "ended",
         code=how.code,
         step=how.step,
+        checkpoint=how.checkpoint,
         stopped=how.stopped,
         error=how.error,
         action=decision.action,

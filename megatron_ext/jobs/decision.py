@@ -4,7 +4,8 @@
     decision.action, decision.reason
 
 A run goes on by itself as long as it gets anywhere. It stops when the same thing ends it twice at
-the same step, for a third start would end there too; and at once for what a person has to mend.
+the same step, for a third start would end there too; after five starts, however they ended, without
+a newer checkpoint; and at once for what a person has to mend.
 """
 
 import re
@@ -15,6 +16,7 @@ from megatron_ext.jobs.journal import Life
 
 _ALL_BAD = 0.5  # when so large a share of nodes fails its check, the check's subject is not a node
 _FRUITLESS = 3  # signals in a row without a step between them
+_STARTS = 5  # in a row that leave no newer checkpoint
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,10 @@ class End:
     code: int
     """Of srun: the highest of all ranks."""
     step: int
-    """Last step that the run's metrics tell of."""
+    """Last step that is known to be done."""
     steps: int
+    checkpoint: int = 0
+    """Step of the newest one; 0 before the first."""
     finished: bool = False
     stopped: bool = False
     """By a signal, for which the run saved a checkpoint if it had begun."""
@@ -45,6 +49,22 @@ class Decision:
 
 def decide(end: End, lives: list[Life]) -> Decision:
     """`lives` are those before this one, oldest first."""
+    decision = _by_its_own_end(end, lives)
+    starts = 1
+    for ended in reversed([life.ended for life in lives if life.ended]):
+        # A stop was somebody's turn to mend something: what came before it no longer counts.
+        if ended["action"] != "requeue" or ended.get("checkpoint", -1) < end.checkpoint:
+            break
+        starts += 1
+    if decision.action == "requeue" and starts >= _STARTS:
+        return Decision(
+            "stop", f"{starts} starts in a row left no checkpoint newer than step "
+            f"{end.checkpoint}, lastly: {decision.reason}",
+        )  # fmt: skip
+    return decision
+
+
+def _by_its_own_end(end: End, lives: list[Life]) -> Decision:
     if end.finished:
         return Decision("finished", f"all {end.steps} steps are done")
     if end.bad_nodes:

@@ -13,13 +13,14 @@ import subprocess
 
 _FIELDS = "index,ecc.errors.uncorrected.volatile.total"
 _ALL_REDUCE_S = 120  # import of torch and start of NCCL included
+_COMMAND_S = 300
 _NUMBERS = 1 << 24  # 64 MB of float32: enough to use every link
 
 
-def problem(gpus: int, command: str = "") -> str:
+def problem(gpus: int, command: str = "", command_s: float = _COMMAND_S) -> str:
     """One sentence about what is wrong with this node, or ""."""
     found = gpu_problem(gpus, _nvidia_smi()) or all_reduce_problem(gpus) if gpus else ""
-    return found or (_command_problem(command) if command else "")
+    return found or (_command_problem(command, command_s) if command else "")
 
 
 def gpu_problem(gpus: int, listing: str) -> str:
@@ -96,7 +97,12 @@ def _nvidia_smi() -> str:
     return done.stdout if done.returncode == 0 else f"{done.stdout} {done.stderr}"
 
 
-def _command_problem(command: str) -> str:
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+def _command_problem(command: str, timeout_s: float) -> str:
+    try:
+        done = subprocess.run(
+            command, shell=True, capture_output=True, text=True, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        return f"HEALTH_COMMAND did not end within {timeout_s:g} s"
     said = " ".join((done.stdout + done.stderr).split())[-200:]
     return f"HEALTH_COMMAND ended with {done.returncode}: {said}" if done.returncode else ""

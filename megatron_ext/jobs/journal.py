@@ -32,11 +32,12 @@ class Life:
 def record(run_dir: Path, event: str, job: str | None = None, **facts: Any) -> None:
     """Append a line about `job`, or else the job that this process runs in."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    own, restart = _this()
     line = {
         "event": event,
         "time": round(time.time(), 3),
-        "job": job or os.environ.get("SLURM_JOB_ID", "none"),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        "job": job or own,
+        "restart": restart,
         **facts,
     }
     with (run_dir / FILE).open("a") as file:
@@ -62,3 +63,15 @@ def read(run_dir: Path) -> list[Life]:
         except (ValueError, KeyError, TypeError):
             continue
     return list(lives.values())
+
+
+def before_this(run_dir: Path) -> tuple[list[Life], Life]:
+    """The lives that began before the one this process runs in, oldest first, and that one."""
+    lives = [life for life in read(run_dir) if life.began]
+    place = next(i for i, life in enumerate(lives) if (life.job, life.restart) == _this())
+    return lives[:place], lives[place]
+
+
+def _this() -> tuple[str, int]:
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return os.environ.get("SLURM_JOB_ID", "none"), restart

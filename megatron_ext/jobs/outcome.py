@@ -30,13 +30,17 @@ def end_of(
         status = {}  # of an earlier start: this one ended before there was a run
     state = status.get("state")
     said = (status.get("error") or {}).get("message") or ""
+    # Finer than the log, but while the run goes on it holds the step of its start.
+    step = status.get("step") if state in ("stopped", "failed", "hung") else None
+    checkpoints = find_checkpoints(run_dir)
     log = Path(life.began["log"])
     told = said or status.get("reason", "") if state in ("failed", "hung") else ""
     error = told or (first_error(log, life.began["log_start"]) if code and not bad_nodes else "")
     return End(
         code=code,
-        step=last_step(run_dir),
+        step=last_step(run_dir) if step is None else step,
         steps=life.began["steps"],
+        checkpoint=step_of(checkpoints[0]) if checkpoints else 0,
         finished=is_finished(run_dir, life.began["steps"]),
         stopped=state == "stopped" or (bool(signal) and state not in ("failed", "hung")),
         hopeless=code == _MISTAKE or (state == "failed" and not status["requeue"]),

@@ -1,6 +1,8 @@
 """A run goes on by itself while it gets anywhere, and never in circles."""
 
-from megatron_ext.jobs.decision import End, decide
+import pytest
+
+from megatron_ext.jobs.decision import Decision, End, decide
 from megatron_ext.jobs.journal import Life
 
 
@@ -61,3 +63,44 @@ def test_few_bad_nodes_are_avoided_and_many_are_nobodys_fault() -> None:
     many = tuple(f"n{i}" for i in range(9))
     assert decide(end(bad_nodes=many, nodes=16), []).action == "stop"
     assert decide(end(bad_nodes=("n1",), nodes=1), []).action == "stop"
+
+
+BAD = {"bad_nodes": ("n3",), "nodes": 16}
+SIGNAL = {"stopped": True}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "ends"),
+    [
+        (0, [{"step": 100}, {"step": 110}]),
+        (90, [{"step": 100}, {"step": 110}]),
+        (0, [{"step": 0, **BAD}]),
+        (0, [{"step": 14}, {"step": 0, **BAD}, {"step": 18}, {"step": 12, **SIGNAL}]),
+    ],
+    ids=["failures before a checkpoint", "failures after one", "bad nodes", "of all kinds"],
+)
+def test_starts_that_leave_no_newer_checkpoint_end(checkpoint: int, ends: list[dict]) -> None:
+    lives: list[Life] = []
+    for number in range(40):
+        how = ends[number % len(ends)]
+        decision = decide(end(checkpoint=checkpoint, error=f"E{number % 2 * 'x'}", **how), lives)
+        lives.append(recorded(decision, how, checkpoint))
+        if decision.action == "stop":
+            break
+    assert len(lives) == 5 and "5 starts in a row left no checkpoint newer" in decision.reason
+    # A person who submits it again after that has five more.
+    assert decide(end(step=130, checkpoint=checkpoint), lives).action == "requeue"
+
+
+def test_failures_with_a_newer_checkpoint_now_and_then_go_on() -> None:
+    lives: list[Life] = []
+    for number in range(40):
+        how, checkpoint = {"step": 10 * number}, 20 * (number // 3)
+        decision = decide(end(checkpoint=checkpoint, **how), lives)
+        lives.append(recorded(decision, how, checkpoint))
+        assert decision.action == "requeue"
+
+
+def recorded(decision: Decision, how: dict, checkpoint: int) -> Life:
+    ended = {"error": "", "stopped": False, **how, "checkpoint": checkpoint}
+    return Life("7", 0, {}, {**ended, "action": decision.action})

@@ -36,3 +36,4 @@ def test_ranks_that_do_not_come_to_the_all_reduce_are_named() -> None:
 def test_the_sites_own_command_is_asked_too() -> None:
     assert problem(0, "true") == ""
     assert problem(0, "echo 3 links down; exit 4") == "HEALTH_COMMAND ended with 4: 3 links down"
+    assert problem(0, "sleep 60", command_s=0.1) == "HEALTH_COMMAND did not end within 0.1 s"

@@ -19,7 +19,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in here:
         item.add_marker(pytest.mark.slurm)
         if missing := missing_programs():
-            reason = f"needs {', '.join(missing)}: apt-get install slurmctld slurmd munge"
+            reason = (
+                f"needs {', '.join(missing)}: apt-get install slurmctld slurmd munge shellcheck"
+            )
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
