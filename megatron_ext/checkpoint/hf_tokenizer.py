@@ -1,13 +1,15 @@
-"""A run's tokenizer as the files that transformers loads, proved on text.
+"""A run's tokenizer as the files that transformers loads, proved on text; and a folder's BOS.
 
     facts = write_tokenizer(Path("tokenizer.model"), folder)
     facts["proved"], facts["bos_token_id"], facts["eos_token_id"]
+    folder_bos(Path("Llama-3-8B"))                  # 128000
 
-A tokenizer.json is copied. A sentencepiece model is copied and, when it is a BPE, also written as
-tokenizer.json in Llama's form: transformers' own conversion of a .model loses the space that
-sentencepiece puts before a text, and pieces of several spaces. What transformers then makes of some
-text is compared id by id; a tokenizer.json that differs is not left there. No BOS is added, as none
-was in training. Refuses files that are no tokenizer (UserError). Needs no torch.
+A tokenizer.json is copied, without what adds ids to a text or cuts it, if it does. A sentencepiece
+model is copied and, when it is a BPE, also written as tokenizer.json in Llama's form: transformers'
+own conversion of a .model loses the space that sentencepiece puts before a text, and pieces of
+several spaces. What transformers then makes of some text is compared id by id; a tokenizer.json
+that differs is not left there. No BOS is added, as none was in training. Refuses files that are no
+tokenizer (UserError). Needs no torch.
 """
 
 import json
@@ -16,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError as DataToolsError
-from data_tools.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from data_tools.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from megatron_ext.checkpoint.hf_config import read_hf_config
 from megatron_ext.errors import UserError
 
 _SAMPLES = (
@@ -27,11 +35,15 @@ _SAMPLES = (
     "\nA newline first. There and back again.\n",
     "",
 )
+# Parts of a tokenizer.json that add ids to a text's own or cut them: training uses none of them.
+_AROUND = ("post_processor", "truncation", "padding")
+_ADD_BOS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def write_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
-    """Put the tokenizer into `folder`; returns file names, the two ids, and whether transformers
-    gives the same ids as training had (`proved`). Raises UserError."""
+    """Put the tokenizer into `folder`; returns the file's name (None where it is not left there),
+    the two ids, and whether transformers gives the same ids as training had (`proved`). Raises
+    UserError."""
     try:
         ours = load_tokenizer(source)
     except DataToolsError as error:
@@ -53,17 +65,40 @@ def write_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
         _write_bpe(ours, folder / "tokenizer.json")
     _write(folder / "tokenizer_config.json", settings)
     proved = _same_ids(ours, folder)
+    if not proved and isinstance(ours, HuggingFaceTokenizer):
+        _write(folder / "tokenizer.json", ours.json | dict.fromkeys(_AROUND))
+        proved = _same_ids(ours, folder)
     if not proved:  # a tokenizer that is nearly right is worse than none
         for name in ("tokenizer.json", "tokenizer_config.json"):
-            if name != file.name:
-                (folder / name).unlink()
+            (folder / name).unlink()
     return {
-        "file": file.name,
+        "file": file.name if (folder / file.name).is_file() else None,
         "sha256": ours.hash.removeprefix("sha256:"),
         "proved": proved,
         "bos_token_id": ours.bos_id,
         "eos_token_id": ours.eod_id,
     }
+
+
+def folder_bos(folder: Path) -> int | None:
+    """The id that a Hugging Face folder's tokenizer puts before a text, if any: the post-processor
+    of its tokenizer.json says so; where that puts none, tokenizer_config.json or the tokenizer's
+    class, as Llama's and Mistral's older folders leave it to them. Raises UserError."""
+    if (folder / "tokenizer.json").is_file():
+        try:
+            tokenizer = load_tokenizer(folder / "tokenizer.json")
+        except DataToolsError as error:
+            raise UserError(str(error)) from None
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        text = tokenizer.processor.encode("a")
+        if text.ids and text.special_tokens_mask[0]:
+            return int(text.ids[0])
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    adds = settings.get("add_bos_token", settings.get("tokenizer_class") in _ADD_BOS)
+    return read_hf_config(folder).get("bos_token_id") if adds else None
 
 
 def _same_ids(ours: Tokenizer, folder: Path) -> bool:

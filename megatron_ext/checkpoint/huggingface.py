@@ -25,6 +25,7 @@ from megatron_ext.checkpoint.hf_config import (
     imported_config,
     read_hf_config,
 )
+from megatron_ext.checkpoint.hf_tokenizer import folder_bos, write_tokenizer
 from megatron_ext.config import Config, load_config
 from megatron_ext.config.layout import in_layout
 from megatron_ext.data.corpora import tokenizer_path
@@ -123,7 +124,11 @@ def _write_checkpoint(config: Config, folder: Path, hf: HfConfig, run_dir: Path)
     with world(alone):
         model = build_gpt(alone, transformer_config(alone))
         hf_weights.load_folder(folder, alone.model, model)
-        record = {"config": config.model_dump(mode="json"), "data": {}}
+        record = {
+            "config": config.model_dump(mode="json"),
+            "data": {},
+            "bos_token_id": folder_bos(folder),  # these weights expect it; see evaluation.subject
+        }
         sharded.save(run_dir, 0, [model], None, record)
     return {"bf16": "bfloat16", "fp32": "float32"}[stored]
 
@@ -161,8 +166,6 @@ def _write_weights(config: Config, weights: Any, rows: int, folder: Path) -> Non
 
 
 def _export_tokenizer(config: Config, folder: Path) -> dict[str, Any]:
-    from megatron_ext.checkpoint.hf_tokenizer import write_tokenizer
-
     try:
         source = tokenizer_path(config)
     except UserError:  # a run on token files that came without receipts

@@ -40,8 +40,10 @@ def export_hf(
     result = export_hf(source, output, whole_numbers("--proof-lengths", proof_lengths), vocab_size)
     show(result, output, as_json)
     tokenizer = result["tokenizer"]
-    if not as_json and tokenizer["file"] is None:
+    if not as_json and "proved" not in tokenizer:
         print("note: the run names no tokenizer, so none was written: set data.tokenizer")
+    elif not as_json and tokenizer["file"] is None:
+        print("note: transformers reads the run's tokenizer.json otherwise, so none was written")
     elif not as_json and not tokenizer["proved"]:
         print(
             f"note: {tokenizer['file']} was copied; transformers reads it otherwise, so use "

@@ -6,13 +6,15 @@ Refuses (UserError) what is none of them.
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError as DataError
 from data_tools.tokenizer import Tokenizer, load_tokenizer
-from megatron_ext.checkpoint.hf_config import config_of_folder, read_hf_config
+from megatron_ext.checkpoint.hf_config import config_of_folder
+from megatron_ext.checkpoint.hf_tokenizer import folder_bos
 from megatron_ext.checkpoint.manifest import MANIFEST, find_run, step_of
 from megatron_ext.config import Config, load_config
 from megatron_ext.data.corpora import tokenizer_path
@@ -45,7 +47,7 @@ def find_subject(source: Path, results: Path | None = None) -> Subject:
             source,
             results or source / "evaluation",
             {"step": 0, "folder_sha256": _folder_hash(source)},
-            _bos(source),
+            folder_bos(source),
         )
     run_dir, checkpoint = find_run(source)
     config = load_config(run_dir / "config.yaml")
@@ -54,7 +56,8 @@ def find_subject(source: Path, results: Path | None = None) -> Subject:
         folder = folder / checkpoint.name
     manifest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
     identity = {"step": step_of(checkpoint), "manifest_sha256": manifest}
-    return Subject(config, checkpoint, results or folder, identity, None)
+    bos = json.loads((checkpoint / "run.json").read_bytes()).get("bos_token_id")
+    return Subject(config, checkpoint, results or folder, identity, bos)
 
 
 def _folder_hash(folder: Path) -> str:
@@ -65,19 +68,3 @@ def _folder_hash(folder: Path) -> str:
         facts = file.stat()
         digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-def _bos(folder: Path) -> int | None:
-    """The BOS id where the folder's tokenizer puts it before a text; a tokenizer.json that says
-    nothing of it leaves it to the tokenizer's class, and Llama's and Mistral's do."""
-    import json
-
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    adds = settings.get("add_bos_token", settings.get("tokenizer_class") in _ADD_BOS)
-    return read_hf_config(folder).get("bos_token_id") if adds else None
-
-
-_ADD_BOS = ("LlamaTokenizer", "LlamaTokenizerFast")
