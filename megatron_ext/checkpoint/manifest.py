@@ -121,12 +121,14 @@ def superfluous(run_dir: Path, keep_last: int, keep_every: int | None, done: int
     ]
 
 
-def prune(run_dir: Path, keep_last: int, keep_every: int | None, done: int) -> list[Path]:
-    """Delete superfluous checkpoints and return them. Expects that the one of step `done` is known
-    to be whole, as a run's own newest one is: some checkpoint that verifies then always stays."""
+def prune(run_dir: Path, keep_last: int, keep_every: int | None, done: int) -> list[str]:
+    """Delete superfluous checkpoints once that of step `done` is read back as it was written, so
+    that one which verifies always stays. Returns what is wrong with it: nothing is deleted then."""
     doomed = superfluous(run_dir, keep_last, keep_every, done)
-    delete(doomed)
-    return doomed
+    problems = verify(checkpoint_dir(run_dir, done)) if doomed else []
+    if not problems:
+        delete(doomed)
+    return problems
 
 
 def delete(checkpoints: Iterable[Path]) -> None:

@@ -1,6 +1,7 @@
 """The random numbers of a rank as tensors, so that a checkpoint can hold them.
 
     state = random_state()                 # name -> uint8 or float64 tensor on the CPU
+    chunks = random_chunks(state, rank)    # under this rank's own names
     set_random_state(state)
 
 Weights and samples are drawn from the seed alone, and the model has no dropout: nothing in training
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import tensor_parallel
+
+from megatron_ext.checkpoint.chunks import Chunk
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -33,6 +36,14 @@ def random_state() -> dict[str, torch.Tensor]:
     for name, tensor in tensor_parallel.get_cuda_rng_tracker().get_states().items():
         state[f"tracker.{name}"] = tensor
     return {name: tensor.cpu().clone() for name, tensor in state.items()}
+
+
+def random_chunks(state: dict[str, torch.Tensor], rank: int) -> list[Chunk]:
+    """What a checkpoint holds of a rank's random numbers; the chunks share the state's memory."""
+    return [
+        Chunk(f"rng.{rank:05d}.{name}", tuple(tensor.shape), (0,) * tensor.dim(), tensor)
+        for name, tensor in state.items()
+    ]
 
 
 def set_random_state(state: dict[str, torch.Tensor]) -> None:

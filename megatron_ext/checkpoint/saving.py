@@ -17,7 +17,6 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.checkpoint import manifest, storage
 from megatron_ext.checkpoint.chunks import Chunk, Model, state_chunks
-from megatron_ext.checkpoint.rng import random_state
+from megatron_ext.checkpoint.rng import random_chunks, random_state
 from megatron_ext.config import Config
 from megatron_ext.config.batch_sizes import BatchSizes
 from megatron_ext.errors import Verdict
@@ -54,14 +53,14 @@ class Saver:
 
     def save(self, step: int, model: Model, optimizer: MegatronOptimizer) -> None:
         """Begin to save the state after `step` steps, after waiting for the save before."""
-        self._finish()
+        self.wait()
         started = time.monotonic()
         save = begin(self.run_dir, step, model, optimizer, self.record)
         if save is not None:
             self._pending = save, self._worker.submit(save.write)
         self.stall_s += time.monotonic() - started
         if not self.config.checkpoint.async_save:
-            self._finish()
+            self.wait()
 
     def poll(self) -> None:
         """Seal the save in flight if every rank has written its part."""
@@ -72,20 +71,17 @@ class Saver:
         dist.all_reduce(written, dist.ReduceOp.MIN)
         self.stall_s += time.monotonic() - started
         if written.item():
-            self._finish()
-
-    def wait(self) -> None:
-        """Wait for the save in flight, if there is one."""
-        self._finish()
+            self.wait()
 
     def close(self, done: int) -> None:
         """Wait for the save in flight. Raises Verdict when step `done` has no checkpoint."""
-        self._finish()
+        self.wait()
         self._worker.shutdown()
         if self.saved_step < done:
             raise Verdict(f"the state after step {done} could not be saved: see the warning above")
 
-    def _finish(self) -> None:
+    def wait(self) -> None:
+        """Wait for the save in flight, if there is one, and seal it."""
         if self._pending is None:
             return
         started = time.monotonic()
@@ -97,10 +93,7 @@ class Saver:
         self.saved_step = save.step
         if dist.get_rank() == 0:
             log.info("step %d  checkpoint %s", save.step, path)
-            keep = self.config.checkpoint
-            self._worker.submit(
-                _or_warn, manifest.prune, self.run_dir, keep.keep_last, keep.keep_every, save.step
-            )
+            self._worker.submit(_prune, self.config, save.step)
 
 
 @dataclass(frozen=True)
@@ -134,10 +127,7 @@ def begin(
     """
     live = state_chunks(model, optimizer, to_write=True)
     rank = dist.get_rank()
-    for name, tensor in random_state().items():
-        live.append(
-            Chunk(f"rng.{rank:05d}.{name}", tuple(tensor.shape), (0,) * tensor.dim(), tensor)
-        )
+    live += random_chunks(random_state(), rank)
     size = sum(chunk.tensor.nbytes + _BYTES_A_CHUNK for chunk in live)
     total = torch.tensor([size], device=torch.cuda.current_device())
     dist.all_reduce(total)
@@ -256,14 +246,19 @@ def _seal(save: Save, written: list[storage.Written]) -> None:
     for name in own:
         manifest.sync(save.folder / name)
     manifest.write_manifest(save.folder, dict(sorted(files.items())))
+    manifest.sync(save.folder)
     if save.final.exists():  # a damaged one of the same step
         manifest.delete([save.final])
     save.folder.replace(save.final)
     manifest.sync(save.final.parent)
 
 
-def _or_warn(function: Callable[..., Any], *arguments: Any) -> None:
+def _prune(config: Config, done: int) -> None:
+    keep = config.checkpoint
     try:
-        function(*arguments)
+        problems = manifest.prune(config.training.run_dir, keep.keep_last, keep.keep_every, done)
     except OSError as error:
         log.warning("old checkpoints could not be deleted: %s", error)
+        return
+    for problem in problems:
+        log.warning("damaged checkpoint, older ones are kept: %s", problem)

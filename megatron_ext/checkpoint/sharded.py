@@ -20,10 +20,10 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.checkpoint import manifest, saving
-from megatron_ext.checkpoint.chunks import Chunk, Model, state_chunks
+from megatron_ext.checkpoint.chunks import Model, state_chunks
 from megatron_ext.checkpoint.continuity import check_continues
-from megatron_ext.checkpoint.rng import random_state, set_random_state
-from megatron_ext.checkpoint.storage import read_chunks
+from megatron_ext.checkpoint.rng import random_chunks, random_state, set_random_state
+from megatron_ext.checkpoint.storage import holds, read_chunks, read_index
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError, Verdict
 
@@ -65,16 +65,20 @@ def restore(
     for difference in changed if dist.get_rank() == 0 else []:
         log.warning("the data is not what the checkpoint was trained on: %s", difference)
     _prepare(optimizer)
+    index = read_index(checkpoint)
     chunks = state_chunks(model, optimizer)
     random = {}
     if saved["layout"] == saving.layout():  # random numbers belong to a rank
         random = random_state()
-        rank = dist.get_rank()
-        chunks += [
-            Chunk(f"rng.{rank:05d}.{name}", tuple(tensor.shape), (0,) * tensor.dim(), tensor)
-            for name, tensor in random.items()
-        ]
-    read_chunks(checkpoint, chunks)
+        own = random_chunks(random, dist.get_rank())
+        chunks += [chunk for chunk in own if holds(index, chunk)]
+        # A GPU has a generator more than a CPU, and another size of its state.
+        other = [chunk.key for chunk in own if not holds(index, chunk)]
+        if other and dist.get_rank() == 0:
+            log.warning(
+                "random numbers begin anew: %s came from another kind of device", ", ".join(other)
+            )
+    read_chunks(checkpoint, chunks, index)
     _set_optimizer_steps(optimizer, saved["optimizer_steps"])
     if random:
         set_random_state(random)

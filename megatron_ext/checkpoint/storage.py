@@ -130,6 +130,12 @@ def _as_torch_describes(tensors: dict[str, Any]) -> Metadata:
     return Metadata(described, storage_data=storage)
 
 
+def holds(index: Metadata, chunk: Chunk) -> bool:
+    """Whether there is a tensor of this name and shape."""
+    whole = index.state_dict_metadata.get(chunk.key)
+    return isinstance(whole, TensorStorageMetadata) and tuple(whole.size) == chunk.shape
+
+
 def read_chunks(folder: Path, chunks: Sequence[Chunk], index: Metadata | None = None) -> None:
     """Fill the chunks' tensors from files that any layout wrote; no collective. `index` saves
     reading it again. Raises UserError when a tensor is not there, or has another shape."""

@@ -89,6 +89,16 @@ def test_prune_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
     assert kept == [70, 65]
 
 
+def test_prune_deletes_nothing_when_the_newest_is_not_what_was_written(tmp_path: Path) -> None:
+    whole, damaged = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
+    content = (damaged / "a.distcp").read_bytes()
+    (damaged / "a.distcp").write_bytes(content[:-1] + b"?")  # the same size
+    problems = manifest.prune(tmp_path, keep_last=1, keep_every=None, done=20)
+    assert "a.distcp has the right size but not the content" in problems[0]
+    assert manifest.find_checkpoints(tmp_path) == [damaged, whole]
+    assert manifest.verify(whole) == []
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     manifest.write_json(file, {"a": 1})

@@ -1,6 +1,8 @@
 """A run that was killed or stopped goes on as if nothing had happened."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -9,7 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_ext.checkpoint.manifest import find_checkpoints
+from megatron_ext.checkpoint.storage import INDEX
 from megatron_ext.training.status import read_status
+from tests.checkpoint.folders import seal
 from tests.conftest import environment, launch, metrics, pretrain
 
 NUMBERS = ("step", "loss", "grad_norm", "lr", "validation_loss")
@@ -113,6 +118,27 @@ def test_signal_saves_and_the_same_command_goes_on(
     assert f"resuming after step {stopped_at}" in kill_all(again)
     steps = [record["step"] for record in metrics(run_dir)]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_checkpoint_of_another_kind_of_device_is_gone_on_from(
+    config_file: Path, tmp_path: Path
+) -> None:
+    """Which has other generators: none of this name, or one with a state of another size."""
+    run_dir, few = tmp_path / "run", ["training.steps=4", "checkpoint.interval=2"]
+    pretrain(config_file, *few)
+    whole = numbers(run_dir)
+    newest, older = find_checkpoints(run_dir)
+    shutil.rmtree(newest)
+    index = json.loads((older / INDEX).read_bytes())
+    tracker = next(key for key in index if key.startswith("rng.00000.tracker."))
+    index[tracker]["shape"] = [16]
+    del index["rng.00000.numpy"]
+    (older / INDEX).write_text(json.dumps(index))
+    seal(older)
+    printed = pretrain(config_file, *few)
+    assert "resuming after step 2" in printed
+    assert f"begin anew: rng.00000.numpy, {tracker} came from another kind" in printed
+    assert numbers(run_dir) == whole
 
 
 def test_signal_to_the_whole_process_group_spares_the_loader(
