@@ -59,7 +59,6 @@ def _give_meaning_to_torch_cuda(device: str) -> None:
 
 def _functions_with_cuda_literals() -> list[Callable[..., Any]]:
     from megatron.core import utils
-    from megatron.core.dist_checkpointing.strategies import state_dict_saver
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.pipeline_parallel import schedules
 
@@ -75,8 +74,6 @@ def _functions_with_cuda_literals() -> list[Callable[..., Any]]:
         schedules.forward_backward_no_pipelining,  # schedules.py:596 device="cuda"
         schedules.forward_backward_pipelining_with_interleaving,  # schedules.py:983
         schedules.forward_backward_pipelining_without_interleaving,  # schedules.py:2138
-        # state_dict_saver.py:204: the vote on reusing a checkpoint plan
-        state_dict_saver.verify_global_md_reuse,
     ]
 
 

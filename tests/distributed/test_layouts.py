@@ -1,6 +1,6 @@
 """Every layout is the same training: real processes against one process, in fp32.
 
-    pytest tests/distributed -s                    # prints the table of docs/training.md
+    pytest tests/distributed -s                    # prints the table of docs/correctness.md
 
 Compared after 10 steps: losses, gradient norms, every parameter as the checkpoints hold it, and the
 tokens that each rank's model chunks were given.
