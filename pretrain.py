@@ -19,7 +19,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint.manifest import MANIFEST, find_checkpoints
 from megatron_ext.config import Config, load_config, validate
@@ -27,9 +26,6 @@ from megatron_ext.data.corpora import cache_parent, check_corpora, epochs, finge
 from megatron_ext.errors import UserError
 from megatron_ext.launch import launched_as
 from megatron_ext.training.supervision import Supervision
-
-if TYPE_CHECKING:
-    from megatron_ext.world import World
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,15 +78,17 @@ def pretrain(config: Config, watch: Supervision) -> int:
     from megatron.core import parallel_state
 
     from megatron_ext.checkpoint import sharded
+    from megatron_ext.checkpoint.saving import Saver
     from megatron_ext.data import blend
     from megatron_ext.model.llama import build_model
+    from megatron_ext.planning.plan import expected_on
     from megatron_ext.training import guard as guarding
     from megatron_ext.training.journal import Journal
     from megatron_ext.training.loop import train
     from megatron_ext.training.optimizer import build_optimizer
     from megatron_ext.training.provenance import describe_run
     from megatron_ext.training.utilization import peak_of
-    from megatron_ext.world import limit_collectives, world
+    from megatron_ext.world import device_name, limit_collectives, world
 
     watch.phase("meet")
     with world(config, watch.report) as here:
@@ -108,15 +106,16 @@ def pretrain(config: Config, watch: Supervision) -> int:
 
         watch.phase("restore")
         record = {"config": config.model_dump(mode="json"), "data": fingerprint_of(config)}
-        done_steps = sharded.restore(config, model, optimizer, record)
-        if done_steps:
-            log.info("resuming after step %d", done_steps)
+        saved_step = sharded.restore(config, model, optimizer, record)
+        if saved_step:
+            log.info("resuming after step %d", saved_step)
         elif config.training.init_from is not None:
             source = sharded.load_weights(config.training.init_from, model, optimizer)
             log.info("weights from %s", source)
-        done_steps, guard = guarding.resume(config, done_steps)
+        done_steps, guard = guarding.resume(config, saved_step)
         peak = peak_of(here, config)
-        describe_run(config, here, record["data"], peak, prediction(config, here))
+        predicted = expected_on(device_name(here.device), config, here.size)
+        describe_run(config, here, record["data"], peak, predicted)
 
         layout = blend.Layout(
             parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -124,33 +123,12 @@ def pretrain(config: Config, watch: Supervision) -> int:
         limit_collectives(config)
         watch.hold(done_steps)
         journal = Journal(config, here, done_steps, peak)
+        saver = Saver(config, record, saved_step)
         done, stopped = train(
-            config, model, optimizer, data, layout, record, done_steps, watch, journal, guard
+            config, model, optimizer, data, layout, saver, done_steps, watch, journal, guard
         )
         log.info(watch.ended(done, stopped))
     return 0
-
-
-def prediction(config: Config, here: "World") -> dict[str, Any] | None:
-    """What the planner expects of this layout on these GPUs; None where it knows no such device."""
-    from megatron_ext.planning.plan import make_plan
-    from megatron_ext.world import device_name
-
-    names = {"A100-SXM4-40GB": "a100_40gb", "A100": "a100_80gb", "H200": "h200"}
-    names |= {"H100": "h100_80gb", "B200": "b200"}
-    device = device_name(here.device).replace(" ", "-")
-    gpu = next((name for key, name in names.items() if key in device), None)
-    if gpu is None or not here.is_main:
-        return None
-    plan = make_plan(config, here.size, gpu)
-    return {
-        "gpu": gpu,
-        "step_time_s": plan.step_time_s,
-        "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
-        "mfu": plan.mfu_full_attention,
-        "mfu_causal": plan.mfu_causal_attention,
-        "memory_gib": plan.peak_memory_gib,
-    }
 
 
 def check_machine(config: Config) -> None:

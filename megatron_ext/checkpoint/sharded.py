@@ -47,16 +47,21 @@ def save(
 
 
 def restore(
-    config: Config, model: Model, optimizer: MegatronOptimizer, record: dict[str, Any]
+    config: Config,
+    model: Model,
+    optimizer: MegatronOptimizer,
+    record: dict[str, Any],
+    at_most: int | None = None,
 ) -> int:
-    """Load the newest checkpoint that verifies into model and optimizer, in place.
+    """Load the newest checkpoint that verifies, of `at_most` so many steps if given, into model and
+    optimizer, in place.
 
     Every rank calls this, with the `record` that it would save. Returns the steps done, 0 when the
     run has no checkpoint yet. Raises UserError when there are checkpoints but none verifies (with
     checkpoint.on_damage=refuse: when the newest does not), or when this run does not continue it.
     """
     checkpoint = newest_valid_everywhere(
-        config.training.run_dir, fall_back=config.checkpoint.on_damage == "fall_back"
+        config.training.run_dir, config.checkpoint.on_damage == "fall_back", at_most
     )
     if checkpoint is None:
         return 0
@@ -100,14 +105,17 @@ def load_weights(source: Path, model: Model, optimizer: MegatronOptimizer | None
     return checkpoint
 
 
-def newest_valid_everywhere(source: Path, fall_back: bool = True) -> Path | None:
+def newest_valid_everywhere(
+    source: Path, fall_back: bool = True, at_most: int | None = None
+) -> Path | None:
     """The newest checkpoint of a run that verifies, or the very one named; the same on every rank,
     each of which reads its share of the files. None when there is none. Raises UserError when none
     verifies; without `fall_back` when the newest does not."""
     candidates: list[Any] = [None]
     if dist.get_rank() == 0:
         named = (source / manifest.MANIFEST).is_file()
-        candidates = [[source] if named else manifest.find_folders(source)]
+        folders = [source] if named else manifest.find_folders(source)
+        candidates = [[c for c in folders if at_most is None or manifest.step_of(c) <= at_most]]
     dist.broadcast_object_list(candidates)
     problems: list[str] = []
     for checkpoint in candidates[0]:

@@ -10,6 +10,7 @@ MFU is FLOPs of the model over peak FLOPs, in two conventions that differ by the
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,17 @@ from megatron_ext.planning.parameters import count_parameters
 from megatron_ext.planning.prediction import constants
 from megatron_ext.planning.throughput import step_time
 from megatron_ext.planning.workload import Workloads
+
+log = logging.getLogger(__name__)
+
+# What the driver calls a GPU -> its name here; the first that fits.
+_OF_DRIVER = {
+    "A100-SXM4-40GB": "a100_40gb",
+    "A100": "a100_80gb",
+    "H200": "h200",
+    "H100": "h100_80gb",
+    "B200": "b200",
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,29 @@ def make_plan(config: Config, gpus: int, gpu: str, gpu_file: Path | None = None)
         raise UserError(f"--gpus {gpus} must be at least 1")
     validate(config, gpus)
     return plan_of(config, workload(config, gpus, gpu, gpu_file))
+
+
+def expected_on(device: str, config: Config, gpus: int) -> dict[str, Any] | None:
+    """What to expect of so many GPUs that the driver calls `device`, to stand beside what a run
+    measures. None for a device that is not known, and, after a warning, where no plan can be made:
+    a run needs none."""
+    name = device.replace(" ", "-")
+    gpu = next((gpu for key, gpu in _OF_DRIVER.items() if key in name), None)
+    if gpu is None:
+        return None
+    try:
+        plan = make_plan(config, gpus, gpu)
+    except Exception as error:
+        log.warning("no prediction for %d x %s: %s", gpus, gpu, error)
+        return None
+    return {
+        "gpu": gpu,
+        "step_time_s": plan.step_time_s,
+        "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
+        "mfu": plan.mfu_full_attention,
+        "mfu_causal": plan.mfu_causal_attention,
+        "memory_gib": plan.peak_memory_gib,
+    }
 
 
 def plan_of(config: Config, work: Workloads) -> Plan:

@@ -50,7 +50,7 @@ class LossGuard:
         """What was wrong with a step, in words; "" for nothing."""
         fault = ""
         if not (math.isfinite(result.grad_norm) and math.isfinite(result.loss)):
-            fault = "non-finite gradient"
+            fault = f"non-finite {'gradient' if math.isfinite(result.loss) else 'loss'}"
         elif self._is_spike(result.loss):
             mean, deviation = self._usual()
             fault = f"{SPIKE}: {result.loss:.4f} is above {mean:.4f} + "

@@ -39,7 +39,7 @@ def train(
     optimizer: MegatronOptimizer,
     data: tuple[Dataset, Dataset],
     layout: Layout,
-    record: dict[str, Any],
+    saver: Saver,
     done_steps: int,
     watch: Supervision,
     journal: Journal,
@@ -48,12 +48,11 @@ def train(
     """Train from `done_steps` on; returns the steps done and whether a signal ended it before all
     steps and the last validation were.
 
-    `record` goes into every checkpoint. Raises Verdict: too many skipped steps in a row, or a last
-    state that could not be saved.
+    `saver.record` goes into every checkpoint. Raises Verdict: too many skipped steps in a row, or a
+    last state that could not be saved.
     """
-    steps = config.training.steps
+    steps, record = config.training.steps, saver.record
     batches = TimedIterator(micro_batches(data[0], config, layout, done_steps, steps), watch)
-    saver = Saver(config, record, done_steps)
     validate = partial(validation, model, data[1], config, layout, journal, watch)
     asked = lambda: watch.stop_requested  # noqa: E731
     done, stop = done_steps, False
@@ -79,6 +78,9 @@ def train(
             if done < steps and not stop:
                 stop = on_any_rank(watch.stop_requested)  # during the save
     watch.phase("save")
+    if done == done_steps > saver.saved_step:  # nothing left to do after a roll back
+        record[WINDOW] = list(guard.window)
+        saver.save(done, model, optimizer)
     saver.close(done)
     journal.close()
     return done, stop
@@ -100,7 +102,7 @@ def answer_fault(
     action = "skipped" if result.skipped else "trained on"
     if fault.startswith(SPIKE) and config.faults.spike_action == "roll_back":
         saver.wait()
-        back_to = sharded.restore(config, *state)
+        back_to = sharded.restore(config, *state, at_most=done)
         if back_to:
             action = f"skipped, weights and optimizer of step {back_to}"
             if journal.here.is_main:

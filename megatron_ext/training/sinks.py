@@ -9,13 +9,18 @@ the journal warns of it once, and training goes on.
 """
 
 import json
+import logging
 import math
 import os
+import threading
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ext.config import Config
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -78,7 +83,8 @@ class TensorBoard:
 
 class WeightsAndBiases:
     """Numbers into a run of the project logging.wandb. Without a key, or with WANDB_MODE=offline,
-    into runs/NAME/wandb, from where `wandb sync` sends them; a run goes on under its old id."""
+    into runs/NAME/wandb, from where `wandb sync` sends them, and so too where the server refuses or
+    is not reached; a run goes on under its old id."""
 
     def __init__(self, config: Config) -> None:
         import wandb
@@ -88,21 +94,32 @@ class WeightsAndBiases:
         id_file = run_dir / "wandb_id"
         if not id_file.is_file():
             id_file.write_text(uuid.uuid4().hex[:8])
-        self.run = wandb.init(
+        begin = partial(
+            wandb.init,
             project=config.logging.wandb,
             name=run_dir.name,
             id=id_file.read_text(),
             resume="allow",
             dir=str(run_dir),
-            mode=os.environ.get("WANDB_MODE", "offline" if offline else "online"),  # type: ignore[arg-type]
             config=config.model_dump(mode="json"),
         )
+        self.patience_s = config.faults.hang_timeout_s / 2
+        try:
+            mode = os.environ.get("WANDB_MODE", "offline" if offline else "online")
+            self.run = begin(mode=mode)
+        except Exception as error:
+            log.warning("Weights & Biases goes on offline: %s", error)
+            wandb.teardown()  # whose service still holds the id
+            self.run = begin(mode="offline")
 
     def write(self, record: Record) -> None:
         self.run.log(_numbers(record), step=record["step"])
 
     def close(self) -> None:
-        self.run.finish()
+        # Sends what is left, for ever if the server is gone; the folder keeps it for `wandb sync`.
+        finishing = threading.Thread(target=self.run.finish, daemon=True)
+        finishing.start()
+        finishing.join(self.patience_s)
 
 
 def _numbers(record: Record) -> dict[str, float]:

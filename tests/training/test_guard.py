@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_faulty_step_names_its_documents(config_file: Path, tmp_path: Path, corp
     run_dir = tmp_path / "run"
     pretrain(config_file, "model.init_std=1e30", "faults.max_consecutive_skips=0", code=1)
     record = metrics(run_dir)[-1]
-    assert (record["fault"], record["action"]) == ("non-finite gradient", "skipped")
+    assert (record["fault"], record["action"]) == ("non-finite loss", "skipped")
     batch = json.loads(Path(record["batch"]).read_text())["batch"]
     assert [sample["sample"] for sample in batch] == list(range(8))
     assert {sample["path"] for sample in batch} == {str(corpus)}
@@ -90,3 +91,18 @@ def test_roll_back_is_repeated_by_a_run_that_was_killed(config_file: Path, tmp_p
     kill_all(process)
     pretrain(config_file, *settings, f"training.run_dir={killed}")
     assert numbers(killed) == numbers(whole)
+
+
+@pytest.mark.slow
+def test_last_state_is_saved_though_the_run_went_back_to_an_older_one(
+    config_file: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = ["training.steps=2", "checkpoint.interval=1"]
+    pretrain(config_file, *settings)
+    last = run_dir / "checkpoints/step_00000002"
+    shutil.rmtree(last)  # as if killed after the roll back of step 2, before its save
+    rolled = [{"from": 1, "to": 2, "loss_window": []}]
+    (run_dir / "rollbacks.json").write_text(json.dumps(rolled))
+    assert "finished" in pretrain(config_file, *settings)
+    assert (last / "manifest.json").is_file()

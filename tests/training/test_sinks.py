@@ -56,6 +56,21 @@ def test_weights_and_biases_works_offline_and_keeps_its_id(
     assert left and all(name in file.name for file in left)
 
 
+def test_weights_and_biases_without_its_server_writes_for_later(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="needs the package wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    (tmp_path / "run").mkdir()
+    sink = WeightsAndBiases(load_config(config_file, ["logging.wandb=tests"]))
+    sink.write(RECORDS[0])
+    sink.close()
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_percentiles_are_those_of_numpy() -> None:
     values = list(np.random.default_rng(0).exponential(size=37))
     assert percentile(values, 50) == pytest.approx(np.percentile(values, 50))
