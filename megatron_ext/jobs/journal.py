@@ -49,20 +49,32 @@ def record(run_dir: Path, event: str, job: str | None = None, **facts: Any) -> N
 def read(run_dir: Path) -> list[Life]:
     """All lives, oldest first. A line that a power cut left half written is passed over."""
     lives: dict[tuple[str, int], Life] = {}
-    file = run_dir / FILE
+    for line in _lines(run_dir):
+        if line.get("what", "train") != "train":
+            continue
+        key = (line["job"], line["restart"])
+        life = lives.get(key, Life(*key))
+        began = line if line["event"] == "began" else life.began
+        ended = line if line["event"] == "ended" else life.ended
+        lives[key] = Life(*key, began, ended)
+    return list(lives.values())
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    file, found = run_dir / FILE, []
     for text in file.read_text().splitlines() if file.is_file() else []:
         try:
             line = json.loads(text)
-            if line.get("what", "train") != "train":
-                continue
-            key = (line["job"], line["restart"])
-            life = lives.get(key, Life(*key))
-            began = line if line["event"] == "began" else life.began
-            ended = line if line["event"] == "ended" else life.ended
-            lives[key] = Life(*key, began, ended)
-        except (ValueError, KeyError, TypeError):
+            if {"event", "job", "restart"} <= set(line):
+                found.append(line)
+        except (ValueError, TypeError):
             continue
-    return list(lives.values())
+    return found
+
+
+def submitted(run_dir: Path, what: str) -> list[str]:
+    """Ids of the jobs of a kind, such as evaluate, submitted for the run, oldest first."""
+    return [line["job"] for line in _lines(run_dir) if line.get("what") == what]
 
 
 def before_this(run_dir: Path) -> tuple[list[Life], Life]:

@@ -9,6 +9,7 @@ is a run folder of its own, so that a sweep that was interrupted goes on arm by 
 (UserError) arms whose samples would come in another order: they could not be compared.
 """
 
+import argparse
 import itertools
 import json
 import re
@@ -51,6 +52,8 @@ class Submission:
     arm: Arm | None
     what: str
     """train, evaluate or report."""
+    run_dir: Path
+    """The run whose journal keeps its id; of a report the first arm's."""
     words: list[str]
     """Arguments of sbatch; $job_2 stands for the id of the second submission's job."""
 
@@ -136,13 +139,17 @@ def check_data_order(sweep: Sweep) -> None:
 def run_locally(sweep: Sweep) -> list[str]:
     """Train, evaluate and report, one arm after the other; returns what is wrong with which arm.
 
-    Raises StageFailed when evaluation or report end with an error."""
+    Raises StageFailed when the report ends with an error."""
     failed = []
     for arm in sweep.arms:
         if problem := _train(sweep, arm):
             failed.append(f"{arm.name}: {problem}")
         elif sweep.evaluate is not None:
-            run(sys.executable, "-m", "megatron_ext.cli", "evaluate", arm.run_dir, *sweep.evaluate)
+            words = ["-m", "megatron_ext.cli", "evaluate", arm.run_dir, *sweep.evaluate]
+            try:
+                run(sys.executable, *words)
+            except StageFailed as error:
+                failed.append(f"{arm.name}: {error}")
     done = [
         arm.run_dir for arm in sweep.arms if is_finished(arm.run_dir, arm.config.training.steps)
     ]
@@ -169,13 +176,19 @@ def _train(sweep: Sweep, arm: Arm) -> str:
 
 
 def submission(sweep: Sweep, options: Sequence[str]) -> list[Submission]:
-    """What is to be given to sbatch, in this order. The n-th one's job id is written $job_n."""
+    """What is to be given to sbatch, in this order. The n-th one's job id is written $job_n.
+    Raises UserError for options that are not one word each."""
+    if bare := [word for word in options if not re.match(r"--\w|-\w.", word)]:
+        raise UserError(
+            f"--sbatch: {' '.join(bare)} needs its option and value in one word: write --nodes=4"
+        )
     found: list[Submission] = []
     jobs = queue.waiting_and_running()
     last = []
 
     def add(arm: Arm | None, what: str, name: str, words: Sequence[str]) -> str:
-        found.append(Submission(arm, what, [f"--job-name={sweep.name}-{name}", *words]))
+        keeper = (arm or sweep.arms[0]).run_dir
+        found.append(Submission(arm, what, keeper, [f"--job-name={sweep.name}-{name}", *words]))
         return f"$job_{len(found)}"
 
     for arm in sweep.arms:
@@ -185,12 +198,19 @@ def submission(sweep: Sweep, options: Sequence[str]) -> list[Submission]:
         elif not is_finished(arm.run_dir, arm.config.training.steps):
             words = [*options, "slurm/pretrain.sbatch", str(sweep.file), *arm.overrides]
             job = add(arm, "train", arm.name, words)
-        if sweep.evaluate is not None:
+        waiting = [job for job in journal.submitted(arm.run_dir, "evaluate") if job in jobs]
+        if waiting and not job.startswith("$"):
+            job = waiting[-1]
+        elif sweep.evaluate is not None and (job or not _evaluated(arm, sweep.evaluate)):
             after = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"] if job else []
             words = [*after, *_of_one_node(options), "slurm/evaluate.sbatch", str(arm.run_dir)]
             job = add(arm, "evaluate", f"{arm.name}-evaluate", [*words, *sweep.evaluate])
         last += [job] if job else []
+    first = sweep.arms[0].run_dir
+    if not found and any(job in jobs for job in journal.submitted(first, "report")):
+        return []
     after = [f"--dependency=afterany:{':'.join(last)}"] if last else []
+    after += [word for word in _of_one_node(options) if not word.startswith("--gpus")]
     runs = [str(arm.run_dir) for arm in sweep.arms]
     to = ["--output", str(sweep.folder / "report.html")]
     add(None, "report", "report", [*after, "slurm/report.sbatch", *runs, *to])
@@ -207,8 +227,7 @@ def submit(submissions: Sequence[Submission]) -> list[str]:
         if done.returncode:
             raise StageFailed(f"sbatch {shlex.join(words)}: {done.stderr.strip()}")
         ids.append(done.stdout.strip().split(";")[0])
-        if one.arm is not None:
-            journal.record(one.arm.run_dir, "submitted", job=ids[-1], what=one.what)
+        journal.record(one.run_dir, "submitted", job=ids[-1], what=one.what)
     return ids
 
 
@@ -217,8 +236,32 @@ def _filled(word: str, ids: Sequence[str]) -> str:
 
 
 def _of_one_node(options: Sequence[str]) -> list[str]:
-    """Without what asks for the size of a training job."""
-    return [word for word in options if not word.startswith(("--nodes", "--ntasks", "--gpus"))]
+    """For a job of one node and one GPU, or none, of the kind that the training gets."""
+    found = []
+    for word in options:
+        if re.match(r"--nodes=|--ntasks|-[Nn]", word):
+            continue
+        if match := re.match(r"(?:--gpus[\w-]*=|-G|--gres=gpu:?)(?:([^:]*):)?(\d*)$", word):
+            kind = f"{match[1]}:" if match[1] else ""
+            word = "--gpus-per-node=0" if match[2] == "0" else f"--gpus-per-node={kind}1"
+        found.append(word)
+    return found
+
+
+def _evaluated(arm: Arm, options: Sequence[str]) -> bool:
+    """Whether the results of the last step hold every length; False where options leave it open."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tasks", default="perplexity")
+    parser.add_argument("--lengths", default="")
+    asked, _ = parser.parse_known_args(list(options))
+    lengths = set(asked.lengths.split(","))
+    for task in asked.tasks.split(","):
+        results = _json(arm.run_dir / "evaluation" / f"{task}.json") or {}
+        known = {str(entry["length"]) for entry in results.get("lengths", [])}
+        step = (results.get("checkpoint") or {}).get("step") or 0
+        if not lengths <= known or step < arm.config.training.steps:
+            return False
+    return True
 
 
 def _text(value: Any) -> str:

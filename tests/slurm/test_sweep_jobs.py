@@ -43,7 +43,7 @@ evaluate: [--lengths, "64,128", --max-tokens, 2000]
     ]  # fmt: skip
     # Called again while they wait or run, it submits no arm twice.
     again = sweep(cluster, file, "--submit", "--dry-run")
-    assert "pretrain.sbatch" not in again
+    assert "pretrain.sbatch" not in again and "evaluate.sbatch" not in again
     jobs = [line.split()[1].rstrip(":") for line in lines]
     assert cluster.wait(jobs[-1])["JobState"] == "COMPLETED", list_of(tmp_path)
 

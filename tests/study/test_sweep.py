@@ -9,6 +9,7 @@ import pytest
 
 from megatron_ext.cli import main
 from megatron_ext.errors import UserError
+from megatron_ext.jobs import journal
 from megatron_ext.study.sweep import check_data_order, read_sweep, submission
 from tests.conftest import ROOT, metrics
 
@@ -116,6 +117,37 @@ def test_finished_arms_are_not_submitted_again(sweep_file: Path, no_slurm: None)
     first, second, *_ = submission(sweep, [])
     assert (first.arm, first.what) == (sweep.arms[0], "evaluate")
     assert (second.arm, second.what) == (sweep.arms[1], "train")
+
+
+def test_options_of_sbatch_fit_each_job(sweep_file: Path, no_slurm: None) -> None:
+    options = ["--nodes=4", "-N4", "--gpus-per-node=a100:8", "--account=me", "--ntasks-per-node=8"]
+    train, evaluate, *_, report = submission(read_sweep(sweep_file), options)
+    assert train.words[1:6] == options
+    assert evaluate.words[3:6] == [
+        "--gpus-per-node=a100:1",
+        "--account=me",
+        "slurm/evaluate.sbatch",
+    ]
+    assert report.words[2:4] == ["--account=me", "slurm/report.sbatch"]
+    without = submission(read_sweep(sweep_file), ["--gpus-per-node=0"])[1]
+    assert "--gpus-per-node=0" in without.words
+    for words in (["--nodes", "4"], ["-p", "gpu"]):
+        with pytest.raises(UserError, match="in one word"):
+            submission(read_sweep(sweep_file), words)
+
+
+def test_what_is_submitted_and_still_waits_is_not_submitted_again(
+    sweep_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = read_sweep(sweep_file)
+    jobs: dict[str, None] = {}
+    monkeypatch.setattr("megatron_ext.jobs.queue.waiting_and_running", lambda: jobs)
+    for number, one in enumerate(submission(sweep, []), 1):
+        journal.record(one.run_dir, "submitted", job=str(number), what=one.what)
+        jobs[str(number)] = None
+    assert submission(sweep, []) == []
+    del jobs["1"], jobs["2"]  # the first arm failed
+    assert [one.what for one in submission(sweep, [])] == ["train", "evaluate", "report"]
 
 
 @pytest.mark.slow
