@@ -38,9 +38,9 @@ def export_hf(
     """Write a checkpoint (of a run: the newest) as a folder that transformers loads.
 
     `lengths`: tokens of the sequences that the proof compares; default half, once and twice the
-    trained context. `vocab_size`: rows of the embedding to keep; default all. Returns the proof,
-    which lies in the folder as proof.json. Raises UserError, and RuntimeError when the logits
-    differ.
+    trained context, up to 8,192. `vocab_size`: rows of the embedding to keep; default all.
+    Returns the proof, which lies in the folder as proof.json. Raises UserError, and RuntimeError
+    when the logits differ.
     """
     check_installed("transformers", "safetensors")
     run_dir, checkpoint = manifest.find_run(source)

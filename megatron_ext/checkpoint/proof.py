@@ -27,12 +27,13 @@ from megatron_ext.model.llama import build_gpt, transformer_config
 from megatron_ext.world import world
 
 _POSITIONS = 256
+_LONGEST = 8192  # attention without kernels, on a CPU, costs the square of the length
 Logits = NDArray[np.float32]
 
 
 def default_lengths(context: int) -> list[int]:
-    """Below, at and beyond the trained context, in tokens."""
-    return [max(2, context // 2), context, 2 * context]
+    """Below, at and beyond the trained context, in tokens, but none above `_LONGEST`."""
+    return sorted({min(n, _LONGEST) for n in (max(2, context // 2), context, 2 * context)})
 
 
 def prove(

@@ -21,7 +21,7 @@ def export_hf(
     proof_lengths: Annotated[
         str,
         typer.Option(
-            help="Tokens of the sequences compared.  [half, once and twice the trained context]"
+            help="Tokens of the sequences compared.  [half, 1 and 2 trained contexts, up to 8,192]"
         ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the proof as JSON.")] = False,

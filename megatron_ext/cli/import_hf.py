@@ -21,7 +21,9 @@ def import_hf(
     pipeline: Annotated[int, typer.Option(min=1, help="parallel.pipeline of the config.")] = 1,
     proof_lengths: Annotated[
         str,
-        typer.Option(help="Tokens of the sequences compared.  [half, once and twice the context]"),
+        typer.Option(
+            help="Tokens of the sequences compared.  [half, 1 and 2 trained contexts, up to 8,192]"
+        ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the proof as JSON.")] = False,
 ) -> None:

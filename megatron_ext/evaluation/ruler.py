@@ -60,11 +60,13 @@ class Niah:
             f"{kind} afterwards.\n"
         )
         head = kit.start(introduction)
+        # Text is followed by a line break; a context made of lines ends in its own.
+        before, line_break = ("a", "\n") if self.haystack == "text" else ("a\n", "")
         tail = kit.after(
-            "a",
-            f"\nWhat {'is' if one else 'are all'} the special magic {kind} for {query} mentioned "
-            f"in the provided text? The special magic {kind} for {query} mentioned in the provided "
-            f"text {'is' if one else 'are'}",
+            before,
+            f"{line_break}What {'is' if one else 'are all'} the special magic {kind} for {query} "
+            f"mentioned in the provided text? The special magic {kind} for {query} mentioned in "
+            f"the provided text {'is' if one else 'are'}",
         )
         # One needle that is asked for stands at the depth asked for; several are named in order.
         depths = sorted(rng.choice(_DEPTHS, len(facts)).tolist())
@@ -125,9 +127,8 @@ def variable_tracking(kit: Kit, length: int, depth: float, rng: np.random.Genera
     assignments = [f"VAR {names[0]} = {value}"]
     assignments += [f"VAR {b} = VAR {a}" for a, b in itertools.pairwise(names)]
     head = kit.start("Follow the assignments of variables that are hidden in the text below.\n")
-    tail = kit.after(
-        "a",
-        f"\nWhich variables have the value {value}, first the one that was given it and then "
+    tail = kit.line(
+        f"Which variables have the value {value}, first the one that was given it and then "
         f"each in the order of assignment? The variables with the value {value} are",
     )
     needles = [kit.line(f"{assignment}\n") for assignment in assignments]
@@ -156,15 +157,15 @@ def common_words(kit: Kit, length: int, depth: float, rng: np.random.Generator) 
         listed += [next(words)] * _RARE
     order = [listed[i] for i in rng.permutation(len(listed))]
     units: list[Ids] = []
-    for word in order:
-        units.append(kit.line(f"{len(units) + 1}. {word}\n"))
-    while sum(map(len, units)) > left:
-        units.pop()
-    numbers = iter(range(len(units) + 1, 10**9))
-    rare, rest = fill_exactly(
-        left - sum(map(len, units)), lambda: kit.line(f"{next(numbers)}. {next(words)}\n"), rng
-    )
-    text = rest + [token for unit in units + rare for token in unit]
+    for word in itertools.chain(order, words):
+        unit = kit.line(f"{len(units) + 1}. {word}\n")
+        if len(unit) > left:
+            break
+        units.append(unit)
+        left -= len(unit)
+    # What is left is less than a line: the end of a line of words, which counts nowhere.
+    rest = kit.line(" ".join(itertools.islice(words, 9)) + "\n")
+    text = rest[len(rest) - left :] + [token for unit in units for token in unit]
     seen = kit.tokenizer.decode(text).split()
     ranked = sorted(common, key=seen.index) if all(w in seen for w in common) else common
     return Sample(head + text + tail, kit.after("are", " " + joined(ranked)))
@@ -202,11 +203,15 @@ def joined(parts: list[str]) -> str:
 
 
 def _among_noise(kit: Kit, left: int, needles: list[Ids], depths: list[float]) -> Ids:
-    """Lines of needles between lines of filler, `left` tokens of it; the last line is cut."""
+    """Lines of needles between lines of filler, `left` tokens of it; the first line is longer by
+    what no whole line fills, so that each ends in a line break and none is empty."""
     line = kit.line(f"{NOISE}\n")
-    noise = (line * (left // len(line) + 1))[:left]
-    whole = left // len(line)
+    whole, more = divmod(left, len(line))
+    longer = kit.line(f"{NOISE} {NOISE} {NOISE}\n")
+    first = longer[len(longer) - (min(whole, 1) * len(line) + more) :]
+    noise = first + line * (whole - 1)
     places = [round(whole * d / 100) * len(line) for d in depths]
+    places = [place + more if place else 0 for place in places]
     return insert(noise, list(zip(places, needles, strict=True)))
 
 

@@ -129,6 +129,14 @@ def test_there_and_back_again(architecture: str, rule: str, tmp_path: Path) -> N
         print(f"{architecture:<11} {rule:<7} {way:<3}", *differences or ["not compared"])
 
 
+def test_a_long_trained_context_is_compared_at_lengths_that_a_cpu_can_compute() -> None:
+    from megatron_ext.checkpoint.proof import default_lengths
+
+    assert default_lengths(4096) == [2048, 4096, 8192]
+    assert default_lengths(8192) == [4096, 8192]
+    assert default_lengths(131072) == [8192]
+
+
 @pytest.mark.parametrize(
     ("dtype", "stored"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
 )

@@ -154,6 +154,7 @@ def test_rulers_needles_are_asked_for_in_its_words(
         )
     asked = re.search(question, whole)
     assert asked is not None
+    assert "\n\n" not in whole
     found = re.findall(rf"One of the special magic {what}s for (\S+) is: (\S+)\.", whole)
     assert len(found) == needles if needles else len(found) > 10
     keys = re.split(r", and |, ", asked[1])
@@ -164,11 +165,22 @@ def test_rulers_needles_are_asked_for_in_its_words(
         assert all(re.fullmatch(r"\d{7}", value) for _, value in found)
 
 
+def test_no_line_of_rulers_noise_is_empty(kit: Kit) -> None:
+    for length in range(800, 850):  # the lengths of two lines, whatever is left of one
+        for task in ("ruler_niah_single_1", "ruler_variable_tracking"):
+            for depth in (0.0, 100.0):
+                sample = TASKS[task].make(kit, length, depth, np.random.default_rng(0))
+                assert len(sample.prompt) == length
+                assert "\n\n" not in text_of(kit, sample.prompt)
+
+
 def test_counts_give_the_words_asked_for(kit: Kit) -> None:
     for seed in range(3):
         sample = TASKS["ruler_common_words"].make(kit, 3500, 0.0, np.random.default_rng(seed))
         listed, answer = text_of(kit, sample.prompt + sample.answer).split("\n\nWhich ")
         words = re.findall(r"\d+\. (\S+)", listed)
+        numbers = [int(n) for n in re.findall(r"^(\d+)\. \S+$", listed, re.M)]
+        assert numbers == list(range(1, len(numbers) + 1))
         common = re.split(r", and |, ", answer.split(" are ")[-1])
         counts = {word: words.count(word) for word in words}
         assert set(common) == set(sorted(counts, key=counts.__getitem__)[-10:])

@@ -9,7 +9,15 @@ import pytest
 
 from data_tools.tokenizer import load_tokenizer
 from megatron_ext.evaluation import perplexity
-from megatron_ext.evaluation.retrieval import TASKS, make_plan, make_samples, measure
+from megatron_ext.evaluation.prompts import Kit
+from megatron_ext.evaluation.retrieval import (
+    TASKS,
+    Plan,
+    _long_enough,
+    make_plan,
+    make_samples,
+    measure,
+)
 from megatron_ext.evaluation.subject import find_subject
 from tests.conftest import ROOT
 from tests.evaluation.conftest import opened
@@ -204,3 +212,13 @@ def test_a_folder_without_text_is_asked_for_some(learned) -> None:
         plan_of(learned[0], "needle")
     with pytest.raises(UserError, match="name some by --text FILE"):
         perplexity.make_plan(find_subject(learned[0]), [64])
+
+
+def test_every_sample_of_a_length_that_is_not_left_out_fits(corpus: Path) -> None:
+    kit = Kit(load_tokenizer(corpus.parent / "tokenizer.model"))
+    header = {"settings": {"depths": [0.0, 100.0], "samples": 6, "seed": 0}}
+    plan = Plan(None, TASKS["passkey"], kit, Path(), header, {}, [])  # type: ignore[arg-type]
+    fit = _long_enough(plan, range(100, 400))
+    assert 100 not in fit and 399 in fit
+    for length in fit:
+        assert len(list(make_samples(plan, length))) == 12
