@@ -25,7 +25,7 @@ def test_a_full_disk_costs_records_and_not_the_run(
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").symlink_to(FULL)
     (run_dir / "faults").touch()  # no folder can be made there
-    (run_dir / "rollbacks.json.tmp").mkdir()
+    (run_dir / "rollbacks.json").mkdir()  # and no file renamed to it
     config = load_config(config_file)
     with caplog.at_level(logging.WARNING):
         here = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
