@@ -1,5 +1,6 @@
 """One small cluster for all tests that run jobs, and one run to compare their losses with."""
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ def cluster() -> Iterator[Cluster]:
     """Three nodes: two to train on and a spare one."""
     with Cluster(nodes=len(NODES), gpus=2) as started:
         started.environment["OMP_NUM_THREADS"] = "1"
+        # As on a cluster where the project's environment is the activated one.
+        python = Path(sys.executable).parent
+        started.environment["PATH"] = f"{python}:{started.environment['PATH']}"
         started.environment["HEALTH_CHECK"] = "no"  # its test asks for it
         yield started
 
