@@ -53,7 +53,7 @@ def config_file(tmp_path: Path, corpus: Path) -> Path:
         f"""\
 model: {{num_layers: 4, hidden_size: 64, ffn_hidden_size: 176, num_heads: 4, vocab_size: 512}}
 rope: {{base: 1e4}}
-data: {{num_workers: 0, corpora: {{library: {{path: {corpus}}}}}}}
+data: {{num_workers: 0, corpora: {{stdlib: {{path: {corpus}}}}}}}
 training:
   run_dir: {tmp_path / "run"}
   sequence_length: 64

@@ -167,7 +167,8 @@ def read_chunks(folder: Path, chunks: Sequence[Chunk], index: Metadata | None = 
 
 
 class _Into(LoadPlanner):
-    """Tells PyTorch's reader which live tensor each read goes into."""
+    """Tells PyTorch's reader which live tensor each read goes into. The plan is made above: what
+    else the abstract class demands is never called."""
 
     def __init__(self, targets: dict[MetadataIndex, torch.Tensor]) -> None:
         self.targets = targets

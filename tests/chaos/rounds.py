@@ -257,7 +257,7 @@ def chaos(
 CONFIG = """\
 model: {{num_layers: 2, hidden_size: 64, ffn_hidden_size: 176, num_heads: 4, vocab_size: 512}}
 rope: {{base: 1e4}}
-data: {{num_workers: 0, corpora: {{library: {{path: {corpus}}}}}}}
+data: {{num_workers: 0, corpora: {{stdlib: {{path: {corpus}}}}}}}
 training: {{sequence_length: 64, global_batch_size: 4, micro_batch_size: 1, steps: {steps}}}
 optimizer: {{lr: 1e-3}}
 precision: {{dtype: fp32}}

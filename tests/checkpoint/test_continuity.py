@@ -27,7 +27,7 @@ def record(config_file: Path, *settings: str) -> dict:
         "training.steps=19",
         "training.global_batch_size=16",
         "training.sequence_length=32",
-        "data.corpora.library.weight=2",
+        "data.corpora.stdlib.weight=2",
         "data.validation_fraction=0.2",
     ],
 )
@@ -39,7 +39,7 @@ def test_change_of_model_or_data_is_refused_by_name(change: str, config_file: Pa
 def test_order_of_the_corpora_is_part_of_the_data(config_file: Path, corpus: Path) -> None:
     """The blend deals out samples in the corpora's order: weights .3, .7 are not .7, .3 renamed."""
     a, b = (f"{name}: {{path: {corpus}, weight: {w}}}" for name, w in (("a", 0.3), ("b", 0.7)))
-    drop = "data.corpora.library=null"
+    drop = "data.corpora.stdlib=null"
     one = record(config_file, drop, f"data.corpora={{{a}, {b}}}")
     other = record(config_file, drop, f"data.corpora={{{b}, {a}}}")
     with pytest.raises(UserError, match=r"data\.order"):
@@ -64,14 +64,14 @@ def test_layout_and_learning_rate_may_change(change: str, config_file: Path) -> 
 
 def test_all_differences_are_told_and_those_of_the_data_can_be_allowed(config_file: Path) -> None:
     before = record(config_file)
-    data = record(config_file, "training.seed=1", "data.corpora.library.weight=2")
+    data = record(config_file, "training.seed=1", "data.corpora.stdlib.weight=2")
     with pytest.raises(UserError) as refused:
         check_continues(before, data)
-    for line in ("data.seed: 1234 -> 1", "data.corpora.library.weight: 1.0 -> 2.0"):
+    for line in ("data.seed: 1234 -> 1", "data.corpora.stdlib.weight: 1.0 -> 2.0"):
         assert f"\n  {line}\n" in str(refused.value)
     assert "checkpoint.on_data_change=allow" in str(refused.value)
     allowed = check_continues(before, data, allow_data=True)
-    assert allowed == ["data.corpora.library.weight: 1.0 -> 2.0", "data.seed: 1234 -> 1"]
+    assert allowed == ["data.corpora.stdlib.weight: 1.0 -> 2.0", "data.seed: 1234 -> 1"]
     with pytest.raises(UserError, match=r"rope\.base: 10000\.0 -> 20000\.0"):
         check_continues(before, record(config_file, "training.seed=1", "rope.base=2e4"), True)
 
@@ -79,7 +79,7 @@ def test_all_differences_are_told_and_those_of_the_data_can_be_allowed(config_fi
 def test_token_files_may_move(config_file: Path, corpus: Path, tmp_path: Path) -> None:
     for suffix in (".bin", ".idx", ".receipt.json"):
         (tmp_path / f"moved{suffix}").write_bytes(Path(f"{corpus}{suffix}").read_bytes())
-    moved = record(config_file, f"data.corpora.library.path={tmp_path / 'moved'}")
+    moved = record(config_file, f"data.corpora.stdlib.path={tmp_path / 'moved'}")
     check_continues(record(config_file), moved)
 
 

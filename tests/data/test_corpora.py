@@ -16,7 +16,7 @@ from tests.conftest import environment, launch, metrics, pretrain
 
 
 def test_missing_file_and_small_vocabulary_are_refused(config_file: Path) -> None:
-    printed = pretrain(config_file, "data.corpora.library.path=nowhere/x", code=2)
+    printed = pretrain(config_file, "data.corpora.stdlib.path=nowhere/x", code=2)
     assert "nowhere/x.bin does not exist" in printed and "Traceback" not in printed
     with pytest.raises(UserError, match="raise it to at least 512"):
         corpora.check_corpora(load_config(config_file, ["model.vocab_size=500"]))
@@ -48,7 +48,7 @@ def test_truncated_files_are_refused(
     prefix = copy_of(corpus, tmp_path)
     with Path(f"{prefix}{suffix}").open("r+b") as stream:
         stream.truncate(size)
-    config = load_config(config_file, [f"data.corpora.library.path={prefix}"])
+    config = load_config(config_file, [f"data.corpora.stdlib.path={prefix}"])
     with pytest.raises(UserError, match=r"tokenize the corpus again"):
         corpora.check_corpora(config)
 
@@ -72,7 +72,7 @@ def test_masked_documents_train_the_same_in_any_layout(config_file: Path, tmp_pa
 
 
 def test_fingerprint_holds_the_checksums_of_the_receipt(config_file: Path, corpus: Path) -> None:
-    facts = corpora.fingerprint_of(load_config(config_file))["corpora"]["library"]
+    facts = corpora.fingerprint_of(load_config(config_file))["corpora"]["stdlib"]
     for name in ("bin", "idx"):
         whole = xxhash.xxh3_128_hexdigest(Path(f"{corpus}.{name}").read_bytes())
         assert facts[name] == f"xxh128:{whole}"
@@ -87,8 +87,8 @@ def test_receipt_of_other_files_is_not_believed(
     Path(f"{prefix}.receipt.json").write_text(receipt)
     with open(f"{prefix}.bin", "ab") as stream:
         stream.write(b"more")  # the receipt speaks of a smaller file
-    config = load_config(config_file, [f"data.corpora.library.path={prefix}"])
-    facts = corpora.fingerprint_of(config)["corpora"]["library"]
+    config = load_config(config_file, [f"data.corpora.stdlib.path={prefix}"])
+    facts = corpora.fingerprint_of(config)["corpora"]["stdlib"]
     whole = xxhash.xxh3_128_hexdigest(Path(f"{prefix}.idx").read_bytes())
     assert facts["idx"] == f"xxh128:{whole}"
     assert "bin" not in facts
@@ -117,7 +117,7 @@ def test_epochs_are_read_tokens_over_training_tokens(config_file: Path, corpus: 
     lengths = lengths_of(corpus)
     training = lengths[: round(0.99 * len(lengths))].sum()
     assert corpora.epochs(load_config(config_file)) == {
-        "library": pytest.approx(20 * 8 * 64 / training)
+        "stdlib": pytest.approx(20 * 8 * 64 / training)
     }
 
 
@@ -126,7 +126,7 @@ def test_token_files_written_anew_get_an_index_of_their_own(
 ) -> None:
     """Megatron-Core's cache goes by the path alone and would map the old index onto new tokens."""
     prefix = copy_of(corpus, tmp_path)
-    settings = [f"data.corpora.library.path={prefix}", "training.steps=2"]
+    settings = [f"data.corpora.stdlib.path={prefix}", "training.steps=2"]
     pretrain(config_file, *settings)
     first = {p.name for p in (tmp_path / "cache").iterdir()}
     tokens = np.fromfile(f"{prefix}.bin", dtype=np.uint16)

@@ -117,7 +117,7 @@ def train(tmp_path_factory: pytest.TempPathFactory, eod_corpus: Path):
         f"""\
 model: {{num_layers: 8, hidden_size: 64, ffn_hidden_size: 96, num_heads: 8, vocab_size: 512}}
 rope: {{base: 1e4, bound: "off"}}
-data: {{num_workers: 0, corpora: {{library: {{path: {eod_corpus}}}}}}}
+data: {{num_workers: 0, corpora: {{stdlib: {{path: {eod_corpus}}}}}}}
 training:
   sequence_length: {LENGTH}
   global_batch_size: {BATCH}

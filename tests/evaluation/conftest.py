@@ -21,7 +21,7 @@ model:
    vocab_size: 512, init_std: 0.1}}
 rope: {{base: 1e4}}
 data:
-  {{num_workers: 0, validation_fraction: 0.1, corpora: {{library: {{path: {corpus}}}}}}}
+  {{num_workers: 0, validation_fraction: 0.1, corpora: {{stdlib: {{path: {corpus}}}}}}}
 training:
   run_dir: {folder / "run"}
   sequence_length: 64

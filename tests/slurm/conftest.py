@@ -46,7 +46,7 @@ def training(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
         f"""\
 model: {{num_layers: 2, hidden_size: 64, ffn_hidden_size: 176, num_heads: 4, vocab_size: 512}}
 rope: {{base: 1e4}}
-data: {{num_workers: 0, corpora: {{library: {{path: {corpus}}}}}}}
+data: {{num_workers: 0, corpora: {{stdlib: {{path: {corpus}}}}}}}
 training: {{sequence_length: 64, global_batch_size: 8, micro_batch_size: 2, steps: {STEPS}}}
 optimizer: {{lr: 1e-3}}
 schedule: {{type: constant}}

@@ -131,7 +131,7 @@ def test_mistakes_and_bad_nodes_are_told_before_any_rank_starts(
     cluster.run("scancel", held)
 
     # Two jobs at once: neither computes anything.
-    wrong = sbatch(cluster, tmp_path / "wrong", training, "data.corpora.library.path=/nowhere/x")
+    wrong = sbatch(cluster, tmp_path / "wrong", training, "data.corpora.stdlib.path=/nowhere/x")
     run_dir = tmp_path / "run"
     sick = "--export=ALL,HEALTH_CHECK=yes,HEALTH_COMMAND=test $SLURMD_NODENAME != 127.0.0.1"
     job = sbatch(cluster, run_dir, training, "training.steps=2", options=(sick,))
