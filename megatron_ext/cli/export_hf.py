@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_ext.cli.options import whole_numbers
+from megatron_ext.cli.options import ProofLengths, whole_numbers
 
 
 def export_hf(
@@ -18,12 +18,7 @@ def export_hf(
     vocab_size: Annotated[
         int | None, typer.Option(help="Rows of the embedding to keep.  [all]")
     ] = None,
-    proof_lengths: Annotated[
-        str,
-        typer.Option(
-            help="Tokens of the sequences compared.  [half, 1 and 2 trained contexts, up to 8,192]"
-        ),
-    ] = "",
+    proof_lengths: ProofLengths = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the proof as JSON.")] = False,
 ) -> None:
     """Write the newest checkpoint of a run as a Hugging Face folder, then prove it.

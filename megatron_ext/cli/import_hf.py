@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from megatron_ext.cli.export_hf import show
-from megatron_ext.cli.options import whole_numbers
+from megatron_ext.cli.options import ProofLengths, whole_numbers
 
 
 def import_hf(
@@ -19,12 +19,7 @@ def import_hf(
         int, typer.Option(min=1, help="parallel.tensor of the config; divides the vocabulary.")
     ] = 1,
     pipeline: Annotated[int, typer.Option(min=1, help="parallel.pipeline of the config.")] = 1,
-    proof_lengths: Annotated[
-        str,
-        typer.Option(
-            help="Tokens of the sequences compared.  [half, 1 and 2 trained contexts, up to 8,192]"
-        ),
-    ] = "",
+    proof_lengths: ProofLengths = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the proof as JSON.")] = False,
 ) -> None:
     """Write a Hugging Face model as a checkpoint and a config that fine-tunes from it.
