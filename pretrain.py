@@ -87,6 +87,7 @@ def pretrain(config: Config, watch: Supervision) -> int:
     from megatron_ext.training.loop import train
     from megatron_ext.training.optimizer import build_optimizer
     from megatron_ext.training.provenance import describe_run
+    from megatron_ext.training.tasks import Tasks
     from megatron_ext.training.utilization import peak_of
     from megatron_ext.world import device_name, limit_collectives, world
 
@@ -124,8 +125,9 @@ def pretrain(config: Config, watch: Supervision) -> int:
         watch.hold(done_steps)
         journal = Journal(config, here, done_steps, peak)
         saver = Saver(config, record, saved_step)
+        tasks = Tasks(config, here, watch, journal)
         done, stopped = train(
-            config, model, optimizer, data, layout, saver, done_steps, watch, journal, guard
+            config, model, optimizer, data, layout, saver, done_steps, watch, journal, guard, tasks
         )
         log.info(watch.ended(done, stopped))
     return 0

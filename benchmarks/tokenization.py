@@ -4,7 +4,8 @@
     python benchmarks/tokenization.py corpus.jsonl --tokenizer T.model --workers 2 --rounds 3
 
 Peers run interleaved, each in its own process, with the interpreter given by --python (they need
-not be installed beside us; one that is missing is skipped by name). MB is 10^6 bytes of UTF-8 text.
+not be installed beside us; one that is missing is skipped by name); Megatron-LM's two tools are run
+from a checkout, --megatron-lm FOLDER. MB is 10^6 bytes of UTF-8 text.
 wall is what a person waits, start-up included; core is MB over CPU-seconds, which other jobs on the
 machine disturb less. Memory is the peak sum over all processes of the tool. ids are compared with
 ours, document by document; "n differ" counts documents.
@@ -77,7 +78,17 @@ texts = [json.loads(line)["text"] for line in open(corpus)]
 tokenizer = gigatoken.Tokenizer.from_sentencepiece(model)
 save(tokenizer.encode_batch(texts))
 """,
+    "megatron-lm": """
+megatron("preprocess_data.py", "--tokenizer-type", "SentencePieceTokenizer",
+         "--tokenizer-model", model, "--workers", workers)
+""",
+    "megatron-lm-fast": """
+megatron("preprocess_data_fast.py", "--tokenizer-type", "HuggingFaceTokenizer",
+         "--tokenizer-model", twin, "--tokenizer-hf-no-include-special-tokens", "--use-gigatoken")
+""",
 }
+# Peers that use their own threads; of the others each process gets one.
+THREADED = ("gigatoken", "megatron-lm-fast")
 HEAD = """
 import os, sys
 corpus, parts, model, twin, out, workers = sys.argv[1:]
@@ -88,6 +99,12 @@ def save(found):
         numpy.array([len(one) + 1 for one in found], dtype="int32").tofile(lengths)
         for one in found:
             numpy.append(numpy.asarray(one, dtype="uint16"), numpy.uint16(2)).tofile(ids)
+def megatron(tool, *settings):
+    import subprocess
+    folder = os.environ["MEGATRON_LM"]
+    raise SystemExit(subprocess.call(
+        [sys.executable, folder + "/tools/" + tool, "--input", corpus, "--output-prefix", out,
+         "--append-eod", *settings], env={**os.environ, "PYTHONPATH": folder}))
 """
 
 
@@ -102,6 +119,7 @@ def main() -> None:
     add("--rounds", type=int, default=3)
     add("--peers", default=",".join(list(WORK)[1:]))
     add("--python", default=sys.executable, help="interpreter that has the peers")
+    add("--megatron-lm", type=Path, help="a checkout of Megatron-LM")
     add("--json", type=Path, help="write the measurements here too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.corpus.parent) as folder:
@@ -127,9 +145,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict]:
     rows: dict[str, dict] = {}
     names = ["data-tools", *filter(None, options.peers.split(","))]
     for name in list(names[1:]):
-        known = subprocess.run([options.python, "-c", f"import {name}"], capture_output=True)
-        if known.returncode:
-            print(f"{name} is skipped: it is not installed for {options.python}", file=sys.stderr)
+        if name.startswith("megatron-lm"):
+            missing = options.megatron_lm is None and "no checkout was given by --megatron-lm"
+        else:
+            known = subprocess.run([options.python, "-c", f"import {name}"], capture_output=True)
+            missing = known.returncode and f"it is not installed for {options.python}"
+        if missing:
+            print(f"{name} is skipped: {missing}", file=sys.stderr)
             names.remove(name)
     for turn in range(options.rounds):
         for name in names:
@@ -149,7 +171,7 @@ def run(name: str, options: argparse.Namespace, folder: Path, out: Path) -> dict
     """One measured process (tree)."""
     import psutil
 
-    script = HEAD.replace("{threads}", str(name == "gigatoken")) + WORK[name]
+    script = HEAD.replace("{threads}", str(name in THREADED)) + WORK[name]
     (folder / f"run_{name}.py").write_text(script)
     python = sys.executable if name == "data-tools" else options.python
     command = [
@@ -159,7 +181,9 @@ def run(name: str, options: argparse.Namespace, folder: Path, out: Path) -> dict
         str(folder / "parts"),
     ]
     command += [str(options.tokenizer), str(folder / "twin"), str(out), str(options.workers)]
-    environment = {**os.environ, "PYTHONPATH": sys.path[0]} if name == "data-tools" else None
+    environment = {**os.environ, "MEGATRON_LM": str(options.megatron_lm)}
+    if name == "data-tools":
+        environment["PYTHONPATH"] = sys.path[0]
     before, started = os.times(), time.perf_counter()
     with open(folder / "log", "w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -213,8 +237,9 @@ def differing(name: str, out: Path, folder: Path) -> int | None:
         return np.asarray(indexed.open_tokens(prefix, index)), np.asarray(index.lengths)
 
     prefixes = [out]
-    if out.is_dir():
-        prefixes = sorted(path.with_suffix("") for path in out.rglob("*.idx"))
+    if not Path(f"{out}.bin").exists():  # they gave it a name of their own, or several
+        prefixes = sorted(path.with_suffix("") for path in out.parent.glob(f"{out.name}*/**/*.idx"))
+        prefixes += sorted(path.with_suffix("") for path in out.parent.glob(f"{out.name}_*.idx"))
         if not prefixes:
             return None
     theirs = [read(prefix) for prefix in prefixes]

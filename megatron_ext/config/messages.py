@@ -60,9 +60,9 @@ def _sentence(
     if setting is None:  # an item of a list
         setting = find(path[:-1], rule)
         wanted = setting.kind.partition("each a ")[2] if setting else detail["msg"]
+        choices = setting.item_choices if setting else []
     else:
-        wanted = setting.kind
-    choices = setting.choices if setting else []
+        wanted, choices = setting.kind, setting.choices
     close = difflib.get_close_matches(value, choices, n=1)
     if choices:
         wanted = "one of " + ", ".join(choices)

@@ -360,17 +360,32 @@ class Logging(Section):
     B200 in bf16, measured on a CPU, and otherwise MFU is null."""
 
 
+TaskName = Literal[
+    "perplexity", "passkey", "lines", "needle", "first_sentence",
+    "ruler_niah_single_1", "ruler_niah_single_2", "ruler_niah_single_3",
+    "ruler_niah_multikey_1", "ruler_niah_multikey_2", "ruler_niah_multikey_3",
+    "ruler_niah_multivalue", "ruler_niah_multiquery", "ruler_variable_tracking",
+    "ruler_common_words", "ruler_frequent_words",
+]  # fmt: skip
+
+
 class Evaluation(Section):
-    """Validation while training, and the lengths of `megatron-ext evaluate`."""
+    """Validation and tasks while training, and what `megatron-ext evaluate` takes unless told."""
 
     interval: int = setting(1000, gt=0, unit="steps")
     """Steps between two measurements of the validation loss; the last step measures as well."""
     batches: int = setting(8, gt=0, unit="global batches")
     """Global batches of one measurement."""
+    tasks: tuple[TaskName, ...] = setting(())
+    """What else to measure while training, with the settings below, into
+    RUN/evaluation/in_training: perplexity and retrieval tasks as `megatron-ext evaluate` knows
+    them."""
+    tasks_interval: int = setting(10000, gt=0, unit="steps")
+    """Steps between two measurements of the tasks; the last step measures as well."""
     lengths: tuple[Annotated[int, Field(gt=0)], ...] = setting(
         (), unit="tokens", unset="powers of two from 128 to twice training.sequence_length"
     )
-    """Context lengths at which `megatron-ext evaluate` measures perplexity."""
+    """Context lengths at which tasks are measured."""
     stride: int = setting(256, gt=0, unit="tokens")
     """Step of the sliding window: how many tokens each window scores anew."""
     max_tokens: int = setting(1_000_000, gt=0, unit="tokens")

@@ -52,6 +52,11 @@ class Setting:
         )
 
     @property
+    def item_choices(self) -> list[str]:
+        """The words allowed in a list of some words, else nothing."""
+        return list(self.schema.get("items", {}).get("enum", []))
+
+    @property
     def kind(self) -> str:
         """Its type and range, such as `whole number above 0`."""
         if self.choices and "oneOf" not in self.schema:
@@ -162,7 +167,8 @@ def _kind(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:  # a value or nothing
         return " or ".join(_kind(part) for part in schema["anyOf"] if part.get("type") != "null")
     if schema.get("type") == "array":
-        return f"list, each a {_kind(schema['items'])}"
+        words = schema["items"].get("enum")
+        return f"list of {', '.join(words)}" if words else f"list, each a {_kind(schema['items'])}"
     if schema.get("type") == "string":
         return "path" if schema.get("format") == "path" else "text"
     limits = [f"{word} {schema[key]:g}" for key, word in _LIMITS.items() if key in schema]

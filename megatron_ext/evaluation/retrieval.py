@@ -198,7 +198,7 @@ def _long_enough(plan: Plan, lengths: Sequence[int]) -> list[int]:
         except UserError as error:
             refused = error
     if not fit:
-        raise refused
+        raise UserError(f"{plan.task.name}: {refused}")
     if len(fit) < len(lengths):
         left_out = ", ".join(str(length) for length in lengths if length not in fit)
         log.warning("%s: too short for its text and left out: %s tokens", plan.task.name, left_out)

@@ -6,12 +6,13 @@
 
 Any layout reads any checkpoint, whatever layout wrote it: alone by default, or under torchrun with
 a tensor- and pipeline-parallel size; ranks beyond those are data parallel and share the work by
-`part` and `parts`. Works beyond the trained context. The logits of all positions never exist at
-once: the output layer is applied to a stretch of the sequence at a time. Refuses (UserError) a
-layout that does not divide the model or the processes.
+`part` and `parts`. A model in training is scored in its own layout: `Scorer(chunks, here)`. Works
+beyond the trained context. The logits of all positions never exist at once: the output weight is
+applied to a stretch of the sequence at a time. Refuses (UserError) a layout that does not divide
+the model or the processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -29,6 +31,7 @@ from torch import Tensor
 from megatron_ext.checkpoint import hf_weights, sharded
 from megatron_ext.config import Config
 from megatron_ext.config.layout import in_layout
+from megatron_ext.model.context import gather_sequence, my_part
 from megatron_ext.model.llama import build_gpt, transformer_config
 from megatron_ext.world import World, world
 
@@ -60,19 +63,31 @@ def open_checkpoint(
             hf_weights.load_folder(checkpoint, config.model, model)
         else:
             sharded.load_weights(checkpoint, [model])
-        yield Scorer(model, here)
+        yield Scorer([model], here)
 
 
 class Scorer:
-    """A model that scores; every rank calls `score` alike within a data-parallel rank."""
+    """A model that scores; every rank calls `score` alike within a data-parallel rank.
 
-    def __init__(self, model: GPTModel, here: World) -> None:
-        self.model = model
+    `chunks`: the bare model chunks of this pipeline stage, in evaluation mode. Sequence-, context-
+    and virtual-pipeline-parallel models want lengths that their ranks divide: sequences are padded
+    behind their end, where no token sees it.
+    """
+
+    def __init__(self, chunks: Sequence[GPTModel], here: World) -> None:
+        self.chunks = list(chunks)
         self.is_main = here.is_main
         self.device = here.device
         self.part = parallel_state.get_data_parallel_rank()
         self.parts = parallel_state.get_data_parallel_world_size()
-        self.last_stage = parallel_state.is_pipeline_last_stage()
+        self.last = chunks[-1] if chunks[-1].post_process else None  # with the output weight
+        tensor = parallel_state.get_tensor_model_parallel_world_size()
+        context = parallel_state.get_context_parallel_world_size()
+        self.scattered = chunks[0].config.sequence_parallel
+        self.divisor = (tensor if self.scattered else 1) * (2 * context if context > 1 else 1)
+        # An interleaved schedule takes as many micro-batches at a time as there are stages.
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self.micro_batches = stages if len(chunks) > 1 else 1
 
     @torch.no_grad()
     def score(self, tokens: NDArray[Any], last: int | None = None) -> Scores:
@@ -104,37 +119,51 @@ class Scorer:
 
     def _hidden(self, inputs: Tensor) -> Tensor | None:
         """Final hidden states [seq, batch, hidden] on the last pipeline stage, elsewhere None."""
+        batch, length = inputs.shape
+        inputs = F.pad(inputs, (0, -length % self.divisor, 0, -batch % self.micro_batches))
+        rows = inputs.chunk(self.micro_batches)
+        given = [iter(rows) for _ in self.chunks]  # every chunk takes them, each at its own time
 
-        def forward_step(_: Any, model: GPTModel) -> tuple[Tensor, None]:
+        def forward_step(rows: Iterator[Tensor], model: GPTModel) -> tuple[Tensor, None]:
             # Without its own last step the model hands out what the output layer would read.
-            model.post_process = False
+            last, model.post_process = model.post_process, False
             try:
-                return model(inputs, position_ids=None, attention_mask=None), None
+                mine = my_part(next(rows), dim=1)
+                return model(mine, position_ids=None, attention_mask=None), None
             finally:
-                model.post_process = self.last_stage
+                model.post_process = last
 
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=None,
-            model=self.model,
-            num_microbatches=1,
+            data_iterator=given if len(given) > 1 else given[0],
+            model=self.chunks if len(given) > 1 else self.chunks[0],
+            num_microbatches=self.micro_batches,
             seq_length=inputs.shape[1],
-            micro_batch_size=inputs.shape[0],
+            micro_batch_size=len(rows[0]),
             forward_only=True,
         )
-        return outputs[0] if outputs else None
+        if self.last is None:
+            return None
+        hidden = torch.cat(outputs, dim=1)
+        if self.scattered:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
+        group = parallel_state.get_context_parallel_group()
+        if group.size() > 1:
+            hidden = gather_sequence(hidden, group)
+        return hidden[:length, :batch]
 
     def _score_hidden(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """float64 [2, batch, seq]: log-probabilities of the targets, and the argmax."""
+        assert self.last is not None
         length, batch = hidden.shape[:2]
-        weight = None
-        if self.model.share_embeddings_and_output_weights:
-            weight = self.model.shared_embedding_or_output_weight()
-        vocabulary = (self.model.output_layer.weight if weight is None else weight).shape[0]
-        stretch = max(1, _LOGITS_AT_ONCE // (batch * vocabulary))
+        tied = self.last.share_embeddings_and_output_weights
+        weight = (
+            self.last.shared_embedding_or_output_weight() if tied else self.last.output_layer.weight
+        )
+        stretch = max(1, _LOGITS_AT_ONCE // (batch * len(weight)))
         parts = []
         for start in range(0, length, stretch):
-            logits, _ = self.model.output_layer(hidden[start : start + stretch], weight=weight)
+            logits = F.linear(hidden[start : start + stretch], weight)
             wanted = targets[:, start : start + stretch].t().contiguous()
             best = vocab_parallel_argmax(logits)
             # Works in place on these logits, so it comes last.

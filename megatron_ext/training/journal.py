@@ -92,6 +92,12 @@ class Journal:
         self._write({"step": done, "validation_loss": loss})
         log.info("step %d  validation loss %.4f", done, loss)
 
+    def task(self, done: int, figures: dict[str, float]) -> None:
+        """Record what a task measured after `done` steps: figures by their names."""
+        self._write({"step": done, **figures})
+        said = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        log.info("step %d  %s", done, said)
+
     def fault(self, done: int, fault: str, what_was_done: str, batch: list[Record]) -> None:
         """Record what was wrong with a step; the samples and documents of its batch go into a file
         of their own."""
@@ -108,13 +114,12 @@ class Journal:
         self._write({**record, "batch": str(file)})
         log.warning("step %d  %s: %s; %s", done, fault, what_was_done, where)
 
-    def lacks_validation(self, done: int) -> bool:
-        """Whether the validation after `done` steps was due and never measured (rank 0 knows)."""
-        training, interval = self.config.training, self.config.evaluation.interval
-        if not self.here.is_main or not (done % interval == 0 or done == training.steps):
+    def lacks(self, done: int, figure: str) -> bool:
+        """Whether there is no record of this figure after `done` steps (rank 0 knows)."""
+        if not self.here.is_main:
             return False
         records = (self.run_dir / "metrics.jsonl").read_text().splitlines()
-        return not any(f'"step": {done}, "validation_loss"' in record for record in records)
+        return not any(f'"step": {done}, "{figure}"' in record for record in records)
 
     def close(self) -> None:
         self._to_each(lambda sink: sink.close())

@@ -1,6 +1,6 @@
 """The loop: steps, log lines, validation, checkpoints, until the budget is spent or a signal comes.
 
-done, stopped = train(config, model, optimizer, data, ..., watch, journal, guard)
+done, stopped = train(config, model, optimizer, data, ..., watch, journal, guard, tasks)
 """
 
 import logging
@@ -29,6 +29,7 @@ from megatron_ext.training.step import (
     train_step,
 )
 from megatron_ext.training.supervision import Supervision
+from megatron_ext.training.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def train(
     watch: Supervision,
     journal: Journal,
     guard: LossGuard,
+    tasks: Tasks,
 ) -> tuple[int, bool]:
     """Train from `done_steps` on; returns the steps done and whether a signal ended it before all
     steps and the last validation were.
@@ -53,11 +55,11 @@ def train(
     """
     steps, record = config.training.steps, saver.record
     batches = TimedIterator(micro_batches(data[0], config, layout, done_steps, steps), watch)
-    validate = partial(validation, model, data[1], config, layout, journal, watch)
+    validate = partial(validation, model, data[1], config, layout, journal, watch, tasks)
     asked = lambda: watch.stop_requested  # noqa: E731
     done, stop = done_steps, False
-    if done and on_any_rank(journal.lacks_validation(done)):
-        stop = validate(done)  # which a signal cut short before this start
+    if done:
+        stop = validate(done)  # what a signal cut short before this start
     while done < steps and not stop:
         started, batches.waited = time.monotonic(), 0.0
         watch.phase("compute", step=done + 1)
@@ -68,8 +70,7 @@ def train(
         if fault := guard.judge(result):
             state = (model, optimizer, record)
             answer_fault(fault, done, result, state, data[0], journal, guard, saver)
-        if not stop and (done == steps or done % config.evaluation.interval == 0):
-            stop = validate(done)
+        stop = stop or validate(done)
         saver.poll()
         if done % config.checkpoint.interval == 0 or done == steps or stop:
             watch.phase("save")
@@ -121,17 +122,23 @@ def validation(
     layout: Layout,
     journal: Journal,
     watch: Supervision,
+    tasks: Tasks,
     done: int,
 ) -> bool:
-    """Measure the validation loss after `done` steps; returns whether a signal cut it short."""
-    count = config.evaluation.batches
-    full = BatchSizes(config.training.global_batch_size)
-    samples = micro_batches(dataset, config, layout, 0, count, full)
-    held_out = TimedIterator(samples, watch, between="evaluate")
-    loss = evaluate_loss(held_out, model, config, count, lambda: watch.stop_requested)
-    if loss is not None:
+    """Measure the validation loss and the tasks where they are due after `done` steps and not yet
+    recorded; returns whether a signal cut it short."""
+    settings, last = config.evaluation, done == config.training.steps
+    due = last or done % settings.interval == 0
+    if due and on_any_rank(journal.lacks(done, "validation_loss")):
+        full = BatchSizes(config.training.global_batch_size)
+        samples = micro_batches(dataset, config, layout, 0, settings.batches, full)
+        held_out = TimedIterator(samples, watch, between="evaluate")
+        stopped = lambda: watch.stop_requested  # noqa: E731
+        loss = evaluate_loss(held_out, model, config, settings.batches, stopped)
+        if loss is None:
+            return True
         journal.validation(done, loss)
-    return loss is None
+    return (last or done % settings.tasks_interval == 0) and tasks.measure(model, done)
 
 
 class TimedIterator:

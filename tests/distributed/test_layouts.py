@@ -2,10 +2,11 @@
 
     pytest tests/distributed -s                    # prints the table of docs/correctness.md
 
-Compared after 10 steps: losses, gradient norms, every parameter as the checkpoints hold it, and the
-tokens that each rank's model chunks were given.
+Compared after 10 steps: losses, gradient norms, every parameter as the checkpoints hold it, the
+tokens that each rank's model chunks were given, and the tasks measured in training.
 """
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tests.conftest import ROOT, environment, launch, metrics, pretrain
 
 TOLERANCE = 1e-4
 STEPS, BATCH, LENGTH = 10, 8, 64
+MEASURED = ("perplexity/70", "perplexity/400")  # 70: most layouts do not divide it
 
 slow = pytest.mark.slow
 
@@ -95,6 +97,7 @@ class Run:
     records: list[dict]
     parameters: dict[str, torch.Tensor]
     samples: torch.Tensor  # [steps x batch, sequence], in the order of training
+    predictions: list[str]  # of the retrieval task, measured in training
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,8 @@ def train(tmp_path_factory: pytest.TempPathFactory, eod_corpus: Path):
         f"""\
 model: {{num_layers: 8, hidden_size: 64, ffn_hidden_size: 96, num_heads: 8, vocab_size: 512}}
 rope: {{base: 1e4, bound: "off"}}
-data: {{num_workers: 0, corpora: {{stdlib: {{path: {eod_corpus}}}}}}}
+data:
+  {{num_workers: 0, corpora: {{stdlib: {{path: {eod_corpus}}}}}, validation_fraction: 0.1}}
 training:
   sequence_length: {LENGTH}
   global_batch_size: {BATCH}
@@ -125,7 +129,9 @@ training:
   steps: {STEPS}
 optimizer: {{lr: 1e-3}}
 precision: {{dtype: fp32}}
-evaluation: {{batches: 2}}
+evaluation:
+  {{batches: 2, tasks: [perplexity, passkey], lengths: [70, 400], depths: 2, samples: 1,
+    max_tokens: 1200}}
 logging: {{interval: 1}}
 """
     )
@@ -143,6 +149,7 @@ logging: {{interval: 1}}
             metrics(run_dir),
             parameters_of(run_dir / f"checkpoints/step_{STEPS:08d}"),
             samples_of(run_dir / "tokens", micro_batch),
+            predictions_of(run_dir / f"evaluation/in_training/step_{STEPS:08d}/passkey.json"),
         )
         if processes == 1:
             kept[key] = made
@@ -173,8 +180,11 @@ def test_layout_trains_as_one_process_does(
     reference, ours = train(1, model), train(processes, settings)
     assert torch.equal(ours.samples, reference.samples)  # the same tokens at the same place
 
-    worst = {"loss": 0.0, "grad_norm": 0.0, "validation_loss": 0.0}
-    assert len(ours.records) == len(reference.records) == STEPS + 1  # and the last validation
+    assert ours.predictions == reference.predictions
+
+    worst = dict.fromkeys(("loss", "grad_norm", "validation_loss", *MEASURED), 0.0)
+    # A record for each step, the last validation and two tasks.
+    assert len(ours.records) == len(reference.records) == STEPS + 3
     for a, b in zip(ours.records, reference.records, strict=True):
         for key in worst.keys() & b.keys():
             worst[key] = max(worst[key], abs(a[key] / b[key] - 1))
@@ -183,9 +193,9 @@ def test_layout_trains_as_one_process_does(
         ((ours.parameters[key] - x).norm() / x.norm()).item()
         for key, x in reference.parameters.items()
     )
-    table.append((name, processes, max(worst["loss"], worst["validation_loss"]),
-                  worst["grad_norm"], apart))  # fmt: skip
-    assert max(*worst.values(), apart) < TOLERANCE, (worst, apart)
+    grad_norm = worst.pop("grad_norm")
+    table.append((name, processes, max(worst.values()), grad_norm, apart))
+    assert max(*worst.values(), grad_norm, apart) < TOLERANCE, (worst, grad_norm, apart)
 
 
 def parameters_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -198,6 +208,12 @@ def parameters_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state
+
+
+def predictions_of(results: Path) -> list[str]:
+    """What the model said to each prompt."""
+    lengths = json.loads(results.read_text())["lengths"]
+    return [record["prediction"] for entry in lengths for record in entry["records"]]
 
 
 def samples_of(folder: Path, micro_batch: int) -> torch.Tensor:

@@ -64,5 +64,5 @@ def hugging_face(scorer, run: Path):
     from megatron_ext.config import load_config
     from tests.model.test_llama import oracle
 
-    weights = {name: x.detach().clone() for name, x in scorer.model.named_parameters()}
+    weights = {name: x.detach().clone() for name, x in scorer.chunks[0].named_parameters()}
     return oracle(load_config(run / "config.yaml"), weights).eval()
