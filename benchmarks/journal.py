@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 
 from megatron_ext.config import load_config
-from megatron_ext.training.guard import LossGuard
+from megatron_ext.training.guard import WINDOW, LossGuard
 from megatron_ext.training.heartbeat import Heartbeat
 from megatron_ext.training.journal import Journal
 from megatron_ext.training.step import StepResult
@@ -47,7 +47,7 @@ def main() -> None:
         tell("one writing of the heartbeat, in its thread", lambda i: heart._write())
         heart.end()
         config = load_config(CONFIG, ["faults.spike_sigma=6"])
-        guard = LossGuard(config, [2.5] * 100)
+        guard = LossGuard(config, {WINDOW: [2.5] * 100})
         tell("judging a loss against 100", lambda i: (guard.refuses(2.5), guard.judge(result)))
 
 

@@ -7,8 +7,8 @@
 
 The loss of the global batch is the same on every rank, so all ranks decide alike without asking.
 A spike is a loss more than faults.spike_sigma standard deviations above the mean of the last
-faults.spike_window losses. The window stands in every checkpoint (run.json), so that a run that was
-killed judges as the uninterrupted one would.
+faults.spike_window losses. The window and the number of steps skipped in a row stand in every
+checkpoint (run.json), so that a run that was killed judges as the uninterrupted one would.
 
 Rolling back takes the weights and the optimizer of the newest checkpoint, of step c, and goes on
 with the step after the spike, s: steps, samples and learning rate stay where they are, and what the
@@ -21,6 +21,7 @@ import logging
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.checkpoint.manifest import checkpoint_dir, write_json
@@ -31,16 +32,21 @@ from megatron_ext.training.step import StepResult
 log = logging.getLogger(__name__)
 
 SPIKE = "loss spike"
-WINDOW = "loss_window"  # its key in run.json
+WINDOW, SKIPS = "loss_window", "skipped_in_a_row"  # their keys in run.json
 
 
 class LossGuard:
     """The judge of a run's losses, the same on every rank."""
 
-    def __init__(self, config: Config, window: list[float]) -> None:
+    def __init__(self, config: Config, state: Mapping[str, Any]) -> None:
+        """state: what `state` gave before this start; {} at the beginning."""
         self.faults = config.faults
-        self.window = deque(window, maxlen=config.faults.spike_window)
-        self.skips = 0
+        self.window = deque(state.get(WINDOW, []), maxlen=config.faults.spike_window)
+        self.skips: int = state.get(SKIPS, 0)
+
+    def state(self) -> dict[str, Any]:
+        """What a run that goes on has to know of the steps before."""
+        return {WINDOW: list(self.window), SKIPS: self.skips}
 
     def refuses(self, loss: float) -> bool:
         """Whether the step is to be skipped for its loss."""
@@ -85,18 +91,18 @@ def resume(config: Config, done_steps: int) -> tuple[int, LossGuard]:
     run_dir = config.training.run_dir
     for rolled in _rollbacks(config):
         if rolled["from"] == done_steps:
-            return rolled["to"], LossGuard(config, rolled[WINDOW])
+            return rolled["to"], LossGuard(config, rolled)
     try:
         saved = json.loads((checkpoint_dir(run_dir, done_steps) / "run.json").read_text())
     except OSError:  # the beginning
         saved = {}
-    return done_steps, LossGuard(config, saved.get(WINDOW, []))
+    return done_steps, LossGuard(config, saved)
 
 
 def note_rollback(config: Config, back_to: int, done: int, guard: LossGuard) -> None:
     """Keep that the run went from `done` steps back to the checkpoint of `back_to` (rank 0)."""
     kept = [rolled for rolled in _rollbacks(config) if rolled["from"] != back_to]
-    noted = {"from": back_to, "to": done, WINDOW: list(guard.window)}
+    noted = {"from": back_to, "to": done, **guard.state()}
     try:
         write_json(config.training.run_dir / "rollbacks.json", [*kept, noted])
     except OSError as error:

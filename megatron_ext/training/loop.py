@@ -19,7 +19,7 @@ from megatron_ext.config import Config
 from megatron_ext.config.batch_sizes import BatchSizes
 from megatron_ext.data.blend import Layout, micro_batches
 from megatron_ext.data.documents import documents_of
-from megatron_ext.training.guard import SPIKE, WINDOW, LossGuard, note_rollback
+from megatron_ext.training.guard import SPIKE, LossGuard, note_rollback
 from megatron_ext.training.journal import Journal
 from megatron_ext.training.step import (
     Batch,
@@ -74,13 +74,13 @@ def train(
         saver.poll()
         if done % config.checkpoint.interval == 0 or done == steps or stop:
             watch.phase("save")
-            record[WINDOW] = list(guard.window)
+            record.update(guard.state())
             saver.save(done, model, optimizer)
             if done < steps and not stop:
                 stop = on_any_rank(watch.stop_requested)  # during the save
     watch.phase("save")
     if done == done_steps > saver.saved_step:  # nothing left to do after a roll back
-        record[WINDOW] = list(guard.window)
+        record.update(guard.state())
         saver.save(done, model, optimizer)
     saver.close(done)
     journal.close()

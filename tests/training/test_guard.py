@@ -13,6 +13,7 @@ import pytest
 from data_tools.indexed import read_index
 from megatron_ext.config import load_config
 from megatron_ext.training.guard import LossGuard
+from megatron_ext.training.status import read_status
 from megatron_ext.training.step import StepResult
 from tests.conftest import metrics, pretrain
 from tests.training.test_resume import kill_all, numbers, start, wait_for_step
@@ -29,7 +30,7 @@ SPIKES = ["faults.spike_sigma=0.7", "faults.spike_window=4", "faults.max_consecu
 
 
 def guard(config_file: Path, *settings: str) -> LossGuard:
-    return LossGuard(load_config(config_file, list(settings)), [])
+    return LossGuard(load_config(config_file, list(settings)), {})
 
 
 def test_a_spike_is_so_many_deviations_above_the_mean_of_the_window(config_file: Path) -> None:
@@ -76,6 +77,18 @@ def test_skipped_spikes_leave_the_weights_as_they_were(config_file: Path, tmp_pa
     assert all(record["fault"].startswith("loss spike") for record in faults)
     saved = json.loads((run_dir / "checkpoints/step_00000024/run.json").read_text())
     assert saved["optimizer_steps"] == 24 - len(skipped)
+
+
+def test_steps_skipped_before_a_restart_count_for_the_verdict(
+    config_file: Path, tmp_path: Path
+) -> None:
+    """Or a run that can only skip, started again and again, would never come to its end."""
+    hopeless = ["model.init_std=1e30", "faults.max_consecutive_skips=1"]
+    one_step = "training.exit_duration_in_mins=0.001"
+    assert "after step 1, checkpoint saved" in pretrain(config_file, *hopeless, one_step)
+    printed = pretrain(config_file, *hopeless, code=1)
+    assert "2 steps in a row had a non-finite loss, the last at step 2" in printed
+    assert read_status(tmp_path / "run")["requeue"] is False
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def test_a_full_disk_costs_records_and_not_the_run(
         for done in (1, 2):
             journal.step(done, FINE, seconds=1.0, data_wait=0.0)
         journal.fault(2, "loss spike", "skipped", [])
-        note_rollback(config, 1, 2, LossGuard(config, []))
+        note_rollback(config, 1, 2, LossGuard(config, {}))
         journal.close()
     told = [record.getMessage() for record in caplog.records]
     assert sum("No space left on device" in line for line in told) == 1
