@@ -3,7 +3,7 @@ goes on, and the folder becomes a checkpoint once all ranks agree that theirs is
 
     saver = Saver(config, record, done_steps)
     saver.save(step, model, optimizer)      # every rank; returns once the state is copied
-    saver.poll()                            # every rank, each step: seals a save that is written
+    saver.poll()                            # every rank, each step: looks whether it is written
     saver.close()                           # every rank, at the end: waits for it
     saver.stall_s, saver.saved_step
 
@@ -49,7 +49,9 @@ class Saver:
         self.saved_step = saved_step  # steps done in the newest checkpoint
         self.stall_s = 0.0  # seconds that training has waited so far
         self._worker = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: tuple[Save, Future[storage.Written | str]] | None = None
+        # The save in flight: while each rank writes its part, then while rank 0 seals the folder.
+        self._writing: tuple[Save, Future[storage.Written | str]] | None = None
+        self._sealing: tuple[Save, Future[Path | None]] | None = None
 
     def save(self, step: int, model: Model, optimizer: MegatronOptimizer) -> None:
         """Begin to save the state after `step` steps, after waiting for the save before."""
@@ -57,21 +59,22 @@ class Saver:
         started = time.monotonic()
         save = begin(self.run_dir, step, model, optimizer, self.record)
         if save is not None:
-            self._pending = save, self._worker.submit(save.write)
+            self._writing = save, self._worker.submit(save.write)
         self.stall_s += time.monotonic() - started
         if not self.config.checkpoint.async_save:
             self.wait()
 
     def poll(self) -> None:
-        """Seal the save in flight if every rank has written its part."""
-        if self._pending is None:
+        """Take the save in flight a stage further if every rank is through with this one."""
+        stage = self._writing or self._sealing
+        if stage is None:
             return
         started = time.monotonic()
-        written = torch.tensor([self._pending[1].done()], device=torch.cuda.current_device()).int()
-        dist.all_reduce(written, dist.ReduceOp.MIN)
+        done = torch.tensor([stage[1].done()], device=torch.cuda.current_device()).int()
+        dist.all_reduce(done, dist.ReduceOp.MIN)
         self.stall_s += time.monotonic() - started
-        if written.item():
-            self.wait()
+        if done.item():
+            self._advance()
 
     def close(self, done: int) -> None:
         """Wait for the save in flight. Raises Verdict when step `done` has no checkpoint."""
@@ -81,19 +84,29 @@ class Saver:
             raise Verdict(f"the state after step {done} could not be saved: see the warning above")
 
     def wait(self) -> None:
-        """Wait for the save in flight, if there is one, and seal it."""
-        if self._pending is None:
-            return
+        """Wait for the save in flight, if there is one, until it is a checkpoint."""
+        while self._writing or self._sealing:
+            self._advance()
+
+    def _advance(self) -> None:
+        """From written to being sealed, or from sealed to done, waiting for what is not ready.
+
+        Rank 0 seals in its thread too: that syncs several files, for which a busy disk may take
+        seconds, and all ranks would wait for them."""
         started = time.monotonic()
-        (save, written), self._pending = self._pending, None
-        path = seal(save, written.result())
+        if self._writing:
+            (save, part), self._writing = self._writing, None
+            parts = _gather(part.result())
+            self._sealing = save, self._worker.submit(save.seal, parts)
+        elif self._sealing:
+            (save, sealed), self._sealing = self._sealing, None
+            path = _from_rank_0(sealed.result())
+            if path is not None:
+                self.saved_step = save.step
+                if dist.get_rank() == 0:
+                    log.info("step %d  checkpoint %s", save.step, path)
+                    self._worker.submit(_prune, self.config, save.step)
         self.stall_s += time.monotonic() - started
-        if path is None:
-            return
-        self.saved_step = save.step
-        if dist.get_rank() == 0:
-            log.info("step %d  checkpoint %s", save.step, path)
-            self._worker.submit(_prune, self.config, save.step)
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,27 @@ class Save:
             return storage.write_chunks(self.folder, dist.get_rank(), self.chunks)
         except Exception as error:
             return f"{error}"
+
+    def seal(self, parts: list[storage.Written | str] | None) -> Path | None:
+        """On rank 0, given what every rank wrote: make the folder a checkpoint. None, after a
+        warning, when it cannot be one; the folder is gone then. Runs in a thread."""
+        if parts is None:  # on other ranks
+            return None
+        try:
+            written = []
+            for rank, part in enumerate(parts):
+                if isinstance(part, str):
+                    raise RuntimeError(f"rank {rank}: {part}")
+                written.append(part)
+            _seal(self, written)
+        except (OSError, RuntimeError) as error:
+            log.warning(
+                "checkpoint of step %d NOT SAVED, training goes on: %s. Make room in %s",
+                self.step, error, self.final.parent,
+            )  # fmt: skip
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return None
+        return self.final
 
 
 def begin(
@@ -152,26 +186,20 @@ def begin(
 
 
 def seal(save: Save, written: storage.Written | str) -> Path | None:
-    """Make the folder a checkpoint if every rank wrote its part; every rank calls it.
+    """Make the folder a checkpoint if every rank wrote its part, and wait for it; every rank calls
+    it. None, after a warning, when one could not."""
+    return _from_rank_0(save.seal(_gather(written)))
 
-    None, after a warning, when one could not: the folder is gone then.
-    """
+
+def _gather(written: storage.Written | str) -> list[storage.Written | str] | None:
+    """What every rank wrote, on rank 0."""
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(written, gathered)
-    answer: list[Any] = [None]
-    if gathered is not None:
-        try:
-            for rank, part in enumerate(gathered):
-                if isinstance(part, str):
-                    raise RuntimeError(f"rank {rank}: {part}")
-            _seal(save, gathered)
-            answer = [save.final]
-        except (OSError, RuntimeError) as error:
-            log.warning(
-                "checkpoint of step %d NOT SAVED, training goes on: %s. Make room in %s",
-                save.step, error, save.final.parent,
-            )  # fmt: skip
-            shutil.rmtree(save.folder, ignore_errors=True)
+    return gathered
+
+
+def _from_rank_0(path: Path | None) -> Path | None:
+    answer = [path]
     dist.broadcast_object_list(answer)
     return answer[0]
 
