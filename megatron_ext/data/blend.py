@@ -60,7 +60,11 @@ def build_datasets(config: Config) -> tuple[Dataset, Dataset]:
     cache = parent / _cache_key(config)
     private = _as_rank_0_says(None if cache.is_dir() else parent / f".{cache.name}.{uuid.uuid4()}")
     if private is not None:
-        _open(config, private)
+        try:
+            _open(config, private)
+        except BaseException:
+            shutil.rmtree(private, ignore_errors=True)  # megabytes of no use on a full disk
+            raise
         dist.barrier()
         if dist.get_rank() == 0:
             _publish(private, cache)

@@ -9,6 +9,7 @@
     size                   ranks of the run
     host, pid, created     the process; `created` (seconds since the epoch) tells it from a later
                            one of the same pid
+    job, every_s           its Slurm job, and seconds between two writings
     stack_fd               descriptor of the open file that SIGUSR2 makes it dump its stacks into
 
 A rank that waits for others keeps writing with an old `since`; one that is stopped, or whose
@@ -56,31 +57,36 @@ class Heartbeat:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "created": psutil.Process().create_time(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "every_s": every_s,
         }
         self._now: tuple[int | None, str, float] = (None, STARTING[0], time.time())
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin to beat; the first beat is written when this returns."""
+        """Begin to beat; the first beat is written when this returns. Raises OSError when it cannot
+        be, and FileExistsError when there is a rank 0 already: `claim.py` removes one that is over.
+        """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._stacks = tempfile.TemporaryFile()  # noqa: SIM115, open as long as the process lives
         self._about["stack_fd"] = self._stacks.fileno()
         faulthandler.register(DUMP_SIGNAL, file=self._stacks, all_threads=True)
-        self._write()
+        self._write(first=True)
         self._thread.start()
 
     def phase(self, name: str, step: int | None = None) -> None:
         """The rank got somewhere; an unset step stays what it was."""
         self._now = (self._now[0] if step is None else step, name, time.time())
 
-    def end(self) -> None:
-        """Say that this process leaves, as it should, and stop beating."""
+    def end(self) -> bool:
+        """Say that this process leaves, as it should, and stop beating. False when it could not."""
         self._ending.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
             self.phase(ENDED)
-            self._write()
+            return self._write()
+        return False
 
     def _beat(self) -> None:
         while not self._ending.wait(self.every_s):
@@ -88,16 +94,25 @@ class Heartbeat:
             if self._beside:
                 self._beside()
 
-    def _write(self) -> None:
+    def _write(self, first: bool = False) -> bool:
         step, phase, since = self._now
         place = {"step": step, "phase": phase, "since": round(since, 3)}
-        temporary = self.file.with_suffix(".tmp")
-        # Not synced: after a power cut nobody asks where the rank was. Nor may a full disk end it.
-        with contextlib.suppress(OSError):
-            temporary.write_text(
-                json.dumps({**self._about, **place, "time": round(time.time(), 3)}) + "\n"
-            )
+        content = {**self._about, **place, "time": round(time.time(), 3)}
+        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            # Not synced: after a power cut nobody asks where the rank was.
+            temporary.write_text(json.dumps(content) + "\n")
+            if first and self._about["rank"] == 0:
+                _link(temporary, self.file)
             temporary.replace(self.file)
+            return True
+        except OSError:
+            if first:
+                raise
+            return False  # a disk that is full later ends no run
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def heartbeat_file(run_dir: Path, rank: int) -> Path:
@@ -130,3 +145,32 @@ def forget_heartbeats(run_dir: Path, before: float) -> None:
     for beat in read_heartbeats(run_dir):
         if beat["time"] < before:
             heartbeat_file(run_dir, beat["rank"]).unlink(missing_ok=True)
+
+
+def process_of(beat: dict[str, Any]) -> psutil.Process | None:
+    """The process that wrote the heartbeat, on this host, if it is still there and no later one of
+    its pid."""
+    try:
+        process = psutil.Process(beat["pid"])
+        return process if abs(process.create_time() - beat["created"]) < 0.1 else None
+    except psutil.Error:
+        return None
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs or could; a zombie does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _link(source: Path, target: Path) -> None:
+    """Raises FileExistsError when the target is there, which replacing it would not."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if target.exists():
+            raise FileExistsError(target) from None

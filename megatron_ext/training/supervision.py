@@ -13,6 +13,7 @@ that do not notice, as they wait in a collective, see status.json and leave. Loc
 node starts the watchdog, which ends those that cannot. Needs no torch.
 """
 
+import errno
 import math
 import os
 import signal
@@ -28,6 +29,7 @@ import psutil
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError, Verdict
 from megatron_ext.launch import launched_as
+from megatron_ext.training.claim import refuse_second_start
 from megatron_ext.training.heartbeat import Heartbeat, beat_interval, forget_heartbeats
 from megatron_ext.training.status import (
     State,
@@ -58,6 +60,7 @@ class Supervision:
         minutes = config.training.exit_duration_in_mins
         self._until = math.inf if minutes is None else self._since + 60 * minutes
         self._started = False
+        self._watchdog: subprocess.Popen[bytes] | None = None
         self._ended_at = math.inf  # when this process saw that the run had ended
         self._heart = Heartbeat(
             self.run_dir,
@@ -82,7 +85,7 @@ class Supervision:
             self._leave()
         if isinstance(error, KeyboardInterrupt):
             self._write("stopped", "SIGINT twice: steps after the last checkpoint are lost", True)
-        elif isinstance(error, Exception) and self._started:
+        elif isinstance(error, Exception) and (self._started or _full_disk(error)):
             self.report(error)
             raise SystemExit(2 if isinstance(error, UserError) else 1)
 
@@ -92,14 +95,20 @@ class Supervision:
         return self.signals.received is not None or time.time() >= self._until
 
     def start(self) -> None:
-        """Make the run folder and say that the run is starting."""
+        """Make the run folder and say that the run is starting. Raises UserError, having written
+        nothing, when another start of the run is alive."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        refuse_second_start(self.run_dir, self.rank, self.size, self.faults.startup_timeout_s)
+        try:
+            self._heart.start()
+        except FileExistsError:  # by another start of the same moment
+            refuse_second_start(self.run_dir, self.rank, self.size, 0.0)
+            raise
         self._started = True
         if self.rank == 0:
             forget_error(self.run_dir, self._since)
             forget_heartbeats(self.run_dir, self._since)
             self._write("starting", "imports, data, model, checkpoint", requeue=True)
-        self._heart.start()
         if self.local_rank == 0:
             self._watchdog = subprocess.Popen(
                 [
@@ -168,6 +177,10 @@ class Supervision:
                 os._exit(0)
         plain = isinstance(error, (UserError, Verdict))
         text = str(error) if plain else "".join(traceback.format_exception(error))
+        full = _full_disk(error)
+        if full:
+            text = f"a disk is full: {full}; make room for training.run_dir={self.run_dir} and "
+            text += "data.cache_dir, then run the same command again"
         if self._started and not claim_error(self.run_dir, text, self._since):
             return
         first = {
@@ -179,7 +192,8 @@ class Supervision:
         reason = str(error) if plain else f"rank {self.rank} failed: {type(error).__name__}"
         self._write("failed", reason, requeue=not plain, error=first)
         where = f"rank {self.rank} of {self.size} on {first['host']}: " if self.size > 1 else ""
-        print(f"error: {text}" if plain else where + text, file=sys.stderr, flush=True)
+        told = f"error: {text}" if plain or full else where + text
+        print(told, file=sys.stderr, flush=True)
 
     def _follow(self) -> None:
         """In the heartbeat's thread: leave a run that has ended elsewhere, for the main thread may
@@ -196,9 +210,10 @@ class Supervision:
             os._exit(0 if before_first_step else 1)
 
     def _leave(self) -> None:
-        self._heart.end()
-        if self.local_rank == 0:
-            self._watchdog.send_signal(signal.SIGTERM)  # it looks for our end at once
+        told = self._heart.end()
+        if self._watchdog:
+            # It looks for our end at once; on a full disk it would take it for a violent one.
+            self._watchdog.send_signal(signal.SIGTERM if told else signal.SIGKILL)
 
     def _write(
         self, state: State, reason: str, requeue: bool, error: dict[str, object] | None = None
@@ -212,6 +227,18 @@ class Supervision:
         self._write("stopped", reason, requeue=True)
         print(reason, flush=True)
         os._exit(0)
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error of a disk, or of its user's share of it, that is full, if there is one among the
+    causes. NumPy says only how many elements it wrote."""
+    while error is not None:
+        if isinstance(error, OSError) and (
+            error.errno in (errno.ENOSPC, errno.EDQUOT) or "requested and" in str(error)
+        ):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _lost_connection(error: Exception) -> bool:

@@ -28,6 +28,8 @@ from megatron_ext.training.heartbeat import (
     STARTING,
     beat_interval,
     heartbeat_file,
+    is_alive,
+    process_of,
     read_heartbeat,
     read_heartbeats,
 )
@@ -37,7 +39,7 @@ from megatron_ext.training.status import State, claim_error, ended_since, write_
 # end, and local rank 0 sends it one when it leaves.
 ANSWERED_BY_RANKS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, DUMP_SIGNAL}
 # Seconds that ranks have to leave by themselves once one of them has failed; and after a good end,
-# which takes a busy machine a while.
+# or once they have said that they leave, which takes a busy machine a while.
 GRACE_S = 10.0
 TIDY_S = 60.0
 # Seconds in which the watchdogs of all nodes dump their stacks, before one of them judges.
@@ -61,7 +63,7 @@ class Watchdog:
     def run(self) -> None:
         """Until no rank of this host is left."""
         every_s = min(beat_interval(self.hang_timeout_s), 1.0)
-        ended_at, grace_s, hurried = None, GRACE_S, False
+        ended_at, ended_well, hurried = None, False, False
         while True:
             self._notice_pause()
             gone = self._look()
@@ -70,7 +72,7 @@ class Watchdog:
                 return
             if ended_at is None and (status := ended_since(self.run_dir, self.since)):
                 ended_at = time.monotonic()
-                grace_s = TIDY_S if status["state"] in ("finished", "stopped") else GRACE_S
+                ended_well = status["state"] in ("finished", "stopped")
             if ended_at is None and gone:
                 self._tell_of_gone(gone)
                 ended_at = time.monotonic()
@@ -79,6 +81,8 @@ class Watchdog:
                 return
             if not alive:
                 return
+            leaving = ended_well or all(beat["phase"] == ENDED for beat in alive)
+            grace_s = TIDY_S if leaving else GRACE_S
             if ended_at is not None and time.monotonic() - ended_at > grace_s:
                 self._kill()
                 return
@@ -167,23 +171,6 @@ class Watchdog:
             if member.pid != os.getpid():
                 with contextlib.suppress(psutil.Error):
                     member.kill()
-
-
-def process_of(beat: Beat) -> psutil.Process | None:
-    """The process that wrote the heartbeat, if it is still there and no later one of its pid."""
-    try:
-        process = psutil.Process(beat["pid"])
-        return process if abs(process.create_time() - beat["created"]) < 0.1 else None
-    except psutil.Error:
-        return None
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs or could; a zombie does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from megatron_ext.checkpoint.manifest import find_checkpoints, step_of, verify
+from megatron_ext.training.status import read_status
 from tests.conftest import metrics, pretrain
 from tests.training.test_resume import LONG, numbers, start, wait_for_step
 
@@ -108,3 +109,25 @@ def test_full_disk_leaves_old_checkpoints_and_the_run_alive(
     printed, _ = again.communicate(timeout=120)
     assert again.returncode == 1 and "could not be saved" in printed and "Traceback" not in printed
     assert saved_steps(run_dir)[0] == done
+
+
+@pytest.mark.parametrize(
+    "free",
+    # Room for nothing at all, and for what tells of the run but not for its index of samples.
+    [0, pytest.param(100_000, marks=pytest.mark.slow)],
+)
+def test_full_disk_at_the_start_is_told_in_one_sentence(
+    free: int, config_file: Path, small_disk: Path
+) -> None:
+    run_dir, cache = small_disk / "run", small_disk / "cache"
+    ballast = bytes(os.statvfs(small_disk).f_bavail * 4096 - free)
+    (small_disk / "ballast").write_bytes(ballast)
+    places = [f"training.run_dir={run_dir}", f"data.cache_dir={cache}"]
+    printed = pretrain(config_file, *places, code=1)
+    (told,) = [line for line in printed.splitlines() if "data: " not in line]
+    assert told.startswith("error: a disk is full: ")
+    assert told.endswith("and data.cache_dir, then run the same command again")
+    assert not cache.exists() or not list(cache.iterdir())
+    assert free == 0 or read_status(run_dir)["state"] == "failed"
+    (small_disk / "ballast").unlink()
+    pretrain(config_file, *places, "training.steps=2")
