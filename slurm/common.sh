@@ -44,7 +44,9 @@ attend() {
     local code=0
     "$@" &
     child=$!
-    [ -z "$signalled" ] || kill -USR1 "$child" 2>/dev/null || true  # it came before there was a child
+    # Until the fork has become the command, bash swallows what is sent to it.
+    for _ in {1..50}; do [ "/proc/$child/exe" -ef "/proc/$$/exe" ] || break; sleep 0.1; done
+    [ -z "$signalled" ] || kill -USR1 "$child" 2>/dev/null || true  # it came before the command did
     wait "$child" || code=$?
     while kill -0 "$child" 2>/dev/null; do wait "$child" || code=$?; done
     wait "$child" && code=0 || code=$?  # the end's own code, had a signal cut the first wait short

@@ -6,7 +6,7 @@
 `schema.py` says what there is, `files.py` reads and writes it, `rules.py` joins the fields.
 """
 
-from megatron_ext.config.files import load_config, save_config
+from megatron_ext.config.files import load_config, named_run_dir, save_config
 from megatron_ext.config.rules import (
     rope_frequencies_of,
     rope_verdict,
@@ -49,6 +49,7 @@ __all__ = [
     "Schedule",
     "Training",
     "load_config",
+    "named_run_dir",
     "rope_frequencies_of",
     "rope_verdict",
     "save_config",

@@ -9,6 +9,7 @@ setting back to its default. Refuses, as ConfigError with file and line: what is
 unknown keys, wrong types, values out of range, cycles, and what `rules.py` refuses.
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -42,6 +43,19 @@ def load_config(path: PathLike, overrides: Sequence[str] = ()) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return config
+
+
+def named_run_dir(path: PathLike, overrides: Sequence[str] = ()) -> Path:
+    """The run folder that a file and overrides name, as far as it can be told where they have
+    mistakes: so that somebody who looks there finds them."""
+    for override in reversed(overrides):
+        key, _, value = override.partition("=")
+        if key.strip() == "training.run_dir" and value.strip():
+            return Path(value.strip())
+    named = None
+    with contextlib.suppress(ConfigError):
+        named = _mapping(read_layer(Path(path)).values.get("training")).get("run_dir")
+    return Path(named) if isinstance(named, str) else Path("runs") / Path(path).stem
 
 
 def to_config(layer: Layer, name: str) -> Config:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ext.config import load_config
+from megatron_ext.config import load_config, named_run_dir
 from megatron_ext.errors import UserError
 from megatron_ext.jobs import journal, outcome
 from megatron_ext.jobs.decision import decide
@@ -28,7 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def begin(options: argparse.Namespace) -> int:
     """A job's life begins; prints the run folder."""
-    config = load_config(options.config, options.overrides)
+    try:
+        config = load_config(options.config, options.overrides)
+    except UserError as error:
+        journal.refuse(named_run_dir(options.config, options.overrides), str(error))
+        raise
     run_dir = config.training.run_dir
     journal.record(
         run_dir,

@@ -4,9 +4,10 @@
     lives = read(run_dir)                    # every start of every job, in order
 
 A line names event, time (seconds since 1970), job id and restart (0 in a job's first life). Jobs
-that evaluate the run are written down too, with what="evaluate". Needs no torch.
+that evaluate or export the run are written down too, and what they do. Needs no torch.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -24,7 +25,7 @@ class Life:
     job: str
     restart: int
     began: dict[str, Any] = field(default_factory=dict)
-    """Empty when it was submitted and has not begun."""
+    """Empty when it was submitted and has not begun, or when its config could not be read."""
     ended: dict[str, Any] = field(default_factory=dict)
     """Empty while it runs, and for ever when Slurm or a dead node ended it."""
 
@@ -44,6 +45,13 @@ def record(run_dir: Path, event: str, job: str | None = None, **facts: Any) -> N
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def refuse(run_dir: Path, reason: str) -> None:
+    """Append that this job ended before it could begin, for somebody has to mend its config. A
+    folder that cannot be made is passed over: its name may be what is wrong."""
+    with contextlib.suppress(OSError):
+        record(run_dir, "ended", code=2, action="stop", reason=reason)
 
 
 def read(run_dir: Path) -> list[Life]:
@@ -72,9 +80,13 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def submitted(run_dir: Path, what: str) -> list[str]:
-    """Ids of the jobs of a kind, such as evaluate, submitted for the run, oldest first."""
-    return [line["job"] for line in _lines(run_dir) if line.get("what") == what]
+def submitted(run_dir: Path) -> dict[str, list[str]]:
+    """Ids of the jobs submitted for the run, oldest first, by kind, such as evaluate."""
+    found: dict[str, list[str]] = {}
+    for line in _lines(run_dir):
+        if "what" in line:
+            found.setdefault(line["what"], []).append(line["job"])
+    return found
 
 
 def before_this(run_dir: Path) -> tuple[list[Life], Life]:

@@ -13,8 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.config import load_config
-from megatron_ext.errors import UserError
+from megatron_ext.config import named_run_dir
 
 SCRIPT = "pretrain.sbatch"
 
@@ -53,16 +52,12 @@ def waiting_and_running() -> dict[str, Job]:
 
 
 def run_folder(job: Job) -> Path | None:
-    """Of a training job; None for others and for configs that cannot be read (any more)."""
+    """Of a training job; None for others."""
     script = next((i for i, word in enumerate(job.command) if word.endswith(SCRIPT)), None)
     arguments = job.command[script + 1 :] if script is not None else ()
     if not arguments:
         return None
-    try:
-        config = load_config(job.folder / arguments[0], list(arguments[1:]))
-    except UserError:
-        return None
-    return (job.folder / config.training.run_dir).resolve()
+    return (job.folder / named_run_dir(job.folder / arguments[0], arguments[1:])).resolve()
 
 
 def last_word(job: str) -> str:

@@ -69,7 +69,7 @@ def states(folders: Sequence[Path]) -> list[RunState]:
 def state_of(folder: Path, jobs: dict[str, queue.Job], waiting: queue.Job | None) -> RunState:
     """Of one run; `waiting` is its job if the queue's own words told of one."""
     lives = journal.read(folder)
-    job = waiting or (jobs.get(lives[-1].job) if lives else None)
+    job = waiting or next((jobs[life.job] for life in reversed(lives) if life.job in jobs), None)
     steps = next((life.began["steps"] for life in reversed(lives) if life.began), None)
     if steps is None and (folder / "config.yaml").is_file():
         steps = load_config(folder / "config.yaml").training.steps
@@ -106,6 +106,8 @@ def _without_a_job(folder: Path, lives: list[journal.Life]) -> tuple[Word, str]:
     status = read_status(folder) or {}
     state, reason = status.get("state"), str(status.get("reason", ""))
     last = lives[-1] if lives else None
+    if state in ("starting", "running") and _has_process(status):
+        return "running", ""
     if last is not None and last.ended.get("action") == "stop":
         return "failed", last.ended["reason"]
     if last is not None and not last.began:
@@ -119,9 +121,11 @@ def _without_a_job(folder: Path, lives: list[journal.Life]) -> tuple[Word, str]:
         return "failed", f"job {last.job} ended without a word of its own: {word}"
     if state is None:
         return "stopped", "not started"
-    if status["host"] == socket.gethostname() and psutil.pid_exists(status["pid"]):
-        return "running", ""
     return "stopped", f"its process on {status['host']} is gone: start it again"
+
+
+def _has_process(status: dict[str, Any]) -> bool:
+    return status["host"] == socket.gethostname() and psutil.pid_exists(status["pid"])
 
 
 def _is_run(folder: Path) -> bool:

@@ -106,6 +106,13 @@ class Cluster:
         self.until(ended, f"job {job} ends", timeout)
         return self.job(job)
 
+    def configure(self, line: str) -> None:
+        """Add a line to slurm.conf and let all daemons read it."""
+        with (self.folder / "slurm.conf").open("a") as file:
+            file.write(f"{line}\n")
+        done = self.run("scontrol", "reconfigure")
+        assert done.returncode == 0, done.stderr
+
     def log(self) -> str:
         """The controller's own words."""
         return (self.folder / "log" / "slurmctld").read_text(errors="replace")
@@ -207,6 +214,8 @@ PropagateResourceLimits=NONE
 EnforcePartLimits=ALL
 ReturnToService=2
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 KillWait=5
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 SlurmdTimeout=5
@@ -216,7 +225,9 @@ SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 SuspendTime=86400
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=7-00:00:00 DefMemPerCPU=15625 State=UP
+PartitionName=DEFAULT Nodes=ALL MaxTime=7-00:00:00 DefMemPerCPU=15625 GraceTime=120 State=UP
+PartitionName=main Default=YES PriorityTier=1
+PartitionName=urgent PriorityTier=2
 """
 
     def _start(self, *command: str, node: str | None = None) -> None:

@@ -70,3 +70,12 @@ def test_a_request_that_cannot_be_met_is_refused(option: str, says: str, big: Cl
     done = big.run("sbatch", "--test-only", option, PRETRAIN, "CONFIG")
     assert done.returncode != 0
     assert says in done.stderr, done.stderr
+
+
+def test_steps_of_a_job_get_its_cpus_per_task(cluster: Cluster, tmp_path: Path) -> None:
+    """Which srun does not take over by itself since Slurm 22.05."""
+    script, log = tmp_path / "job", tmp_path / "log"
+    script.write_text("#!/bin/bash\n. slurm/common.sh\nsrun env | grep ^SLURM_CPUS_PER_TASK\n")
+    options = ["--ntasks=1", "--cpus-per-task=3", f"--chdir={ROOT}", f"--output={log}"]
+    cluster.wait(cluster.submit(*options, script))
+    assert log.read_text() == "SLURM_CPUS_PER_TASK=3\n"

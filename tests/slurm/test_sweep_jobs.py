@@ -1,5 +1,5 @@
-"""`megatron-ext sweep --submit`: two arms trained, evaluated and reported, by jobs that wait for
-each other, from one command."""
+"""`megatron-ext sweep --submit`: two arms trained, evaluated, exported and reported, by jobs that
+wait for each other, from one command."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def sweep(cluster: Cluster, *arguments: object) -> str:
     return done.stdout
 
 
-def test_a_sweep_is_submitted_evaluated_and_reported(
+def test_a_sweep_is_submitted_evaluated_exported_and_reported(
     cluster: Cluster, training: Path, tmp_path: Path
 ) -> None:
     file, folder = tmp_path / "two.yaml", tmp_path / "arms"
@@ -34,20 +34,27 @@ folder: {folder}
 settings: {{training.steps: 4, rope.bound: warn}}
 axes: {{rope.base: [1e2, 1e4]}}
 evaluate: [--lengths, "64,128", --max-tokens, 2000]
+export: [--proof-lengths, 64]
 """
     )
     lines = sweep(cluster, file, "--submit", "--sbatch", SBATCH.format(tmp_path)).splitlines()
     assert [line.split(": ")[1] for line in lines] == [
-        "train base_100", "evaluate base_100", "train base_10000", "evaluate base_10000",
-        "report two",
+        "train base_100", "export base_100", "evaluate base_100",
+        "train base_10000", "export base_10000", "evaluate base_10000", "report two",
     ]  # fmt: skip
     # Called again while they wait or run, it submits no arm twice.
     again = sweep(cluster, file, "--submit", "--dry-run")
-    assert "pretrain.sbatch" not in again and "evaluate.sbatch" not in again
+    assert not any(
+        name in again for name in ("pretrain.sbatch", "evaluate.sbatch", "export.sbatch")
+    )
     jobs = [line.split()[1].rstrip(":") for line in lines]
-    assert cluster.wait(jobs[-1])["JobState"] == "COMPLETED", list_of(tmp_path)
+    for job in (jobs[-1], jobs[1], jobs[4]):
+        assert cluster.wait(job)["JobState"] == "COMPLETED", list_of(tmp_path)
 
-    for name, job in (("base_100", jobs[0]), ("base_10000", jobs[2])):
+    for name, job in (("base_100", jobs[0]), ("base_10000", jobs[3])):
+        proof = json.loads((folder / name / "hf" / "proof.json").read_text())
+        assert proof["checkpoint"]["step"] == 4 and proof["lengths"][0]["length"] == 64
+        assert list((folder / name / "hf").glob("*.safetensors"))
         assert metrics(folder / name)[-1]["step"] == 4
         results = json.loads((folder / name / "evaluation" / "perplexity.json").read_text())
         assert [entry["length"] for entry in results["lengths"]] == [64, 128]

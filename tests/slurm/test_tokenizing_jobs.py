@@ -2,6 +2,7 @@
 nothing else, runs again."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -69,6 +70,32 @@ def test_array_and_merge_equal_one_process_and_a_failed_task_reruns_alone(
     for suffix in (".bin", ".idx"):
         assert Path(f"{output}{suffix}").read_bytes() == Path(f"{whole}{suffix}").read_bytes()
     assert json.loads(Path(f"{output}.receipt.json").read_text())["counts"]["documents"] == 60
+
+
+def test_output_that_a_job_still_makes_is_refused_however_it_is_written(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    output = tmp_path / "tokens"
+    relative = os.path.relpath(output, ROOT)
+    held = ["--hold", f"--chdir={ROOT}", "--output=/dev/null", "--array=0-1"]
+    for given, again in ((relative, output), (output, f"{relative}/../tokens")):
+        job = cluster.submit(*held, "slurm/tokenize.sbatch", "2", given, "t.model", "raw")
+        done = submit(cluster, again)
+        assert done.returncode == 2, done
+        assert done.stderr.startswith(f"error: job {job}_[0-1] still works on {again}: wait")
+        assert done.stderr.count("\n") == 1 and done.stdout == ""
+        cluster.run("scancel", job)
+        cluster.wait(job)
+    other = submit(cluster, tmp_path / "others")
+    assert other.returncode == 0, other.stderr
+    cluster.run("scancel", *re.findall(r"^job (\d+)", other.stdout, re.M))
+
+
+def submit(cluster: Cluster, output: Path | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "slurm/tokenize.sbatch", "2", str(output), "t.model", "raw"], cwd=ROOT,
+        env={**cluster.environment, "SBATCH_OUTPUT": "/dev/null"}, capture_output=True, text=True,
+    )  # fmt: skip
 
 
 def test_a_dry_run_prints_the_commands_and_submits_nothing(

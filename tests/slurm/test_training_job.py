@@ -9,6 +9,7 @@ import pytest
 from megatron_ext.checkpoint.manifest import find_checkpoints
 from megatron_ext.jobs import journal
 from megatron_ext.jobs.state import RunState, states
+from tests.conftest import pretrain
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import (
     NODES,
@@ -92,6 +93,55 @@ def test_dead_node_requeue_from_outside_and_crashed_rank_cost_only_steps(
     assert failed and all(reason.startswith("failed at step") for reason in failed)
 
 
+def test_preemption_saves_requeues_and_goes_on(
+    cluster: Cluster, training: Path, tmp_path: Path
+) -> None:
+    """By jobs of a better partition: with SIGTERM to the ranks, as clusters do it by default, and
+    with the script's own signal, by SlurmctldParameters=preempt_send_user_signal."""
+    run_dir, whole = tmp_path / "run", tmp_path / "whole"
+    # Larger steps: Slurm preempts within a second or two.
+    settings = ["training.global_batch_size=64", "training.steps=40"]
+    job = sbatch(cluster, run_dir, training, *settings)
+    step = 2
+    for restart in range(2):
+        wait_for_life(cluster, run_dir, job, restart)
+        wait_for_step(cluster, run_dir, job, step)
+        urgent = cluster.submit(
+            "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true"
+        )
+        assert cluster.wait(urgent)["JobState"] == "COMPLETED"
+        ended = journal.read(run_dir)[restart].ended
+        assert ended["action"] == "requeue" and ended["stopped"], log_of(run_dir, job)
+        assert ended["checkpoint"] == ended["step"] >= step  # no step was lost
+        step = ended["step"] + 2
+        if restart == 0:
+            cluster.configure("SlurmctldParameters=preempt_send_user_signal")
+    assert finish(cluster, run_dir, job)["Restarts"] == "2"
+    assert log_of(run_dir, job).count("got SIGUSR1") == 1
+    pretrain(training, *settings, f"training.run_dir={whole}", processes=2)
+    assert numbers(run_dir) == numbers(whole)
+
+
+@pytest.mark.slow
+def test_time_limit_saves_before_it_comes_requeues_and_goes_on(
+    cluster: Cluster, training: Path, tmp_path: Path
+) -> None:
+    """Slurm looks at limits, which are whole minutes, every 30 s."""
+    run_dir = tmp_path / "run"
+    short = ("--time=2", "--signal=B:USR1@45")
+    job = sbatch(cluster, run_dir, training, "training.steps=20000", options=short)
+    wait_for_step(cluster, run_dir, job, 3)
+    cluster.until(lambda: cluster.job(job)["JobState"] == "PENDING", "the job is queued again")
+    (life,) = journal.read(run_dir)
+    assert life.ended["action"] == "requeue" and life.ended["checkpoint"] == life.ended["step"]
+    assert "got SIGUSR1" in log_of(run_dir, job) and "DUE TO TIME LIMIT" not in log_of(run_dir, job)
+    wait_for_step(cluster, run_dir, job, life.ended["step"] + 3)
+    cluster.run("scancel", job)
+    assert cluster.wait(job)["Restarts"] == "1"
+    steps = [step for step, *_ in numbers(run_dir)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 def test_the_same_failure_at_the_same_step_is_not_requeued_for_ever(
     cluster: Cluster, training: Path, tmp_path: Path
 ) -> None:
@@ -130,12 +180,17 @@ def test_mistakes_and_bad_nodes_are_told_before_any_rank_starts(
     assert (waiting.state, waiting.job, waiting.reason) == ("queued", held, "JobHeldUser")
     cluster.run("scancel", held)
 
-    # Two jobs at once: neither computes anything.
+    # Three jobs at once: none computes anything.
+    typo = sbatch(cluster, tmp_path / "typo", training, "optimizer.lrr=1")
     wrong = sbatch(cluster, tmp_path / "wrong", training, "data.corpora.stdlib.path=/nowhere/x")
     run_dir = tmp_path / "run"
     sick = "--export=ALL,HEALTH_CHECK=yes,HEALTH_COMMAND=test $SLURMD_NODENAME != 127.0.0.1"
     job = sbatch(cluster, run_dir, training, "training.steps=2", options=(sick,))
 
+    assert cluster.wait(typo)["ExitCode"] == "2:0"
+    found = state(tmp_path / "typo")  # though there is no config to say where the run would be
+    assert (found.state, found.job, found.starts) == ("failed", typo, 0)
+    assert "optimizer.lrr" in found.reason
     assert cluster.wait(wrong)["ExitCode"] == "2:0"
     assert "Traceback" not in log_of(tmp_path / "wrong", wrong)
     found = state(tmp_path / "wrong")
