@@ -31,7 +31,7 @@ def sweep(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON.")] = False,
 ) -> None:
-    """Train every arm of a sweep, evaluate it, and write one report of all.
+    """Train every arm of a sweep, evaluate and export it, and write one report of all.
 
     Called again, finished arms are left alone, arms in the queue too, and failed ones tried again.
 
@@ -39,14 +39,9 @@ def sweep(
     """
     if [local, submit or dry_run, status].count(True) != 1:
         raise UserError("choose one of --local, --submit (with or without --dry-run) and --status")
-    from megatron_ext.study.sweep import (
-        StageFailed,
-        check_data_order,
-        read_sweep,
-        run_locally,
-        submission,
-    )
-    from megatron_ext.study.sweep import submit as submit_jobs
+    from megatron_ext.study.submission import submission
+    from megatron_ext.study.submission import submit as submit_jobs
+    from megatron_ext.study.sweep import StageFailed, check_data_order, read_sweep, run_locally
 
     plan = read_sweep(file)
     if status:

@@ -2,21 +2,17 @@
 
     sweep = read_sweep(Path("configs/sweeps/rope_base.yaml"))
     for arm in sweep.arms: print(arm.name, arm.overrides)
-    submit(submission(sweep, ["--nodes=4"]))        # or run_locally(sweep)
+    run_locally(sweep)                              # on Slurm: submission.py
 
-A sweep file names a run's config, settings for all arms, axes, and options of `evaluate`. Every arm
-is a run folder of its own, so that a sweep that was interrupted goes on arm by arm. Refuses
-(UserError) arms whose samples would come in another order: they could not be compared.
+A sweep file names a run's config, settings for all arms, axes, and options of `evaluate` and of
+`export-hf`, where arms are to be evaluated, or exported to ARM/hf. Every arm is a run folder of its
+own, so that a sweep that was interrupted goes on arm by arm. Refuses (UserError) arms whose samples
+would come in another order: they could not be compared.
 """
 
-import argparse
 import itertools
 import json
-import re
-import shlex
-import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +22,11 @@ from megatron_ext.config.files import read_text
 from megatron_ext.config.yaml_text import read_mapping
 from megatron_ext.data.corpora import check_corpora, fingerprint_of
 from megatron_ext.errors import UserError
-from megatron_ext.jobs import journal, queue
 from megatron_ext.jobs.outcome import is_finished
 from megatron_ext.study.demo import ROOT, StageFailed, run
 from megatron_ext.training.status import read_status
 
-_KEYS = {"config", "settings", "axes", "evaluate", "folder"}
+_KEYS = {"config", "settings", "axes", "evaluate", "export", "folder"}
 _ATTEMPTS = 2  # of a local arm that crashes
 
 
@@ -44,23 +39,10 @@ class Arm:
     overrides: list[str]
     config: Config
 
-
-@dataclass(frozen=True)
-class Submission:
-    """One job to submit."""
-
-    arm: Arm | None
-    what: str
-    """train, evaluate or report."""
-    run_dir: Path
-    """The run whose journal keeps its id; of a report the first arm's."""
-    words: list[str]
-    """Arguments of sbatch; $job_2 stands for the id of the second submission's job."""
-
-    def command(self, number: int) -> str:
-        """A line of shell that submits it and keeps its job id for those that wait for it."""
-        words = [word if "$job_" in word else shlex.quote(word) for word in self.words]
-        return f"job_{number}=$(sbatch --parsable {' '.join(words)})"
+    @property
+    def exported(self) -> Path:
+        """Its folder for transformers, there as a whole or not at all."""
+        return self.run_dir / "hf"
 
 
 @dataclass(frozen=True)
@@ -72,6 +54,8 @@ class Sweep:
     arms: list[Arm]
     evaluate: list[str] | None
     """Options of `megatron-ext evaluate`; None: the arms are not evaluated."""
+    export: list[str] | None
+    """Options of `megatron-ext export-hf`; None: the arms are not exported."""
 
 
 def read_sweep(file: Path) -> Sweep:
@@ -101,14 +85,20 @@ def read_sweep(file: Path) -> Sweep:
         own = [f"{key}={value}" for key, value in pairs.items()]
         overrides = [*common, *own, f"training.run_dir={run_dir}"]
         arms.append(Arm(name, run_dir, overrides, load_config(config, overrides)))
-    evaluate = given.get("evaluate")
     return Sweep(
         file.stem,
         config,
         folder,
         arms,
-        None if evaluate is None else [str(word) for word in evaluate],
+        _options(file, "evaluate", given.get("evaluate")),
+        _options(file, "export", given.get("export")),
     )
+
+
+def _options(file: Path, key: str, given: Any) -> list[str] | None:
+    if given is not None and not isinstance(given, list):
+        raise UserError(f"{file}: {key}: {given} must be a list of options: write {key}: []")
+    return None if given is None else [str(word) for word in given]
 
 
 def check_data_order(sweep: Sweep) -> None:
@@ -118,7 +108,7 @@ def check_data_order(sweep: Sweep) -> None:
     for arm in sweep.arms:
         check_corpora(arm.config)
         facts = json.loads(json.dumps(fingerprint_of(arm.config)))
-        known = _json(arm.run_dir / "data.json")
+        known = read_json(arm.run_dir / "data.json")
         if known is not None and known != facts:
             raise UserError(
                 f"{arm.run_dir} was begun with other data ({_difference(known, facts)}): "
@@ -137,25 +127,28 @@ def check_data_order(sweep: Sweep) -> None:
 
 
 def run_locally(sweep: Sweep) -> list[str]:
-    """Train, evaluate and report, one arm after the other; returns what is wrong with which arm.
-
-    Raises StageFailed when the report ends with an error."""
-    failed = []
+    """Train, evaluate, export and report, one arm after the other; returns what is wrong with which
+    arm. Raises StageFailed when the report ends with an error."""
+    cli, failed = (sys.executable, "-m", "megatron_ext.cli"), []
     for arm in sweep.arms:
         if problem := _train(sweep, arm):
             failed.append(f"{arm.name}: {problem}")
-        elif sweep.evaluate is not None:
-            words = ["-m", "megatron_ext.cli", "evaluate", arm.run_dir, *sweep.evaluate]
+            continue
+        commands: list[list[Any]] = []
+        if sweep.evaluate is not None:
+            commands.append(["evaluate", arm.run_dir, *sweep.evaluate])
+        if sweep.export is not None and not arm.exported.exists():
+            commands.append(["export-hf", arm.run_dir, arm.exported, *sweep.export])
+        for command in commands:
             try:
-                run(sys.executable, *words)
+                run(*cli, *command)
             except StageFailed as error:
                 failed.append(f"{arm.name}: {error}")
     done = [
         arm.run_dir for arm in sweep.arms if is_finished(arm.run_dir, arm.config.training.steps)
     ]
     if done:
-        page = sweep.folder / "report.html"
-        run(sys.executable, "-m", "megatron_ext.cli", "report", *done, "--output", page)
+        run(*cli, "report", *done, "--output", sweep.folder / "report.html")
     return failed
 
 
@@ -173,95 +166,6 @@ def _train(sweep: Sweep, arm: Arm) -> str:
                 break
     status = read_status(arm.run_dir) or {}
     return "" if is_finished(arm.run_dir, steps) else str(status.get("reason") or "did not start")
-
-
-def submission(sweep: Sweep, options: Sequence[str]) -> list[Submission]:
-    """What is to be given to sbatch, in this order. The n-th one's job id is written $job_n.
-    Raises UserError for options that are not one word each."""
-    if bare := [word for word in options if not re.match(r"--\w|-\w.", word)]:
-        raise UserError(
-            f"--sbatch: {' '.join(bare)} needs its option and value in one word: write --nodes=4"
-        )
-    found: list[Submission] = []
-    jobs = queue.waiting_and_running()
-    last = []
-
-    def add(arm: Arm | None, what: str, name: str, words: Sequence[str]) -> str:
-        keeper = (arm or sweep.arms[0]).run_dir
-        found.append(Submission(arm, what, keeper, [f"--job-name={sweep.name}-{name}", *words]))
-        return f"$job_{len(found)}"
-
-    for arm in sweep.arms:
-        lives, job = journal.read(arm.run_dir), ""
-        if lives and lives[-1].job in jobs:
-            job = lives[-1].job
-        elif not is_finished(arm.run_dir, arm.config.training.steps):
-            words = [*options, "slurm/pretrain.sbatch", str(sweep.file), *arm.overrides]
-            job = add(arm, "train", arm.name, words)
-        waiting = [job for job in journal.submitted(arm.run_dir, "evaluate") if job in jobs]
-        if waiting and not job.startswith("$"):
-            job = waiting[-1]
-        elif sweep.evaluate is not None and (job or not _evaluated(arm, sweep.evaluate)):
-            after = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"] if job else []
-            words = [*after, *_of_one_node(options), "slurm/evaluate.sbatch", str(arm.run_dir)]
-            job = add(arm, "evaluate", f"{arm.name}-evaluate", [*words, *sweep.evaluate])
-        last += [job] if job else []
-    first = sweep.arms[0].run_dir
-    if not found and any(job in jobs for job in journal.submitted(first, "report")):
-        return []
-    after = [f"--dependency=afterany:{':'.join(last)}"] if last else []
-    after += [word for word in _of_one_node(options) if not word.startswith("--gpus")]
-    runs = [str(arm.run_dir) for arm in sweep.arms]
-    to = ["--output", str(sweep.folder / "report.html")]
-    add(None, "report", "report", [*after, "slurm/report.sbatch", *runs, *to])
-    return found
-
-
-def submit(submissions: Sequence[Submission]) -> list[str]:
-    """Give them to sbatch; returns their job ids. Raises StageFailed with what sbatch says; jobs
-    that were submitted before it stay."""
-    ids: list[str] = []
-    for one in submissions:
-        words = [_filled(word, ids) for word in one.words]
-        done = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True)
-        if done.returncode:
-            raise StageFailed(f"sbatch {shlex.join(words)}: {done.stderr.strip()}")
-        ids.append(done.stdout.strip().split(";")[0])
-        journal.record(one.run_dir, "submitted", job=ids[-1], what=one.what)
-    return ids
-
-
-def _filled(word: str, ids: Sequence[str]) -> str:
-    return re.sub(r"\$job_(\d+)", lambda match: ids[int(match[1]) - 1], word)
-
-
-def _of_one_node(options: Sequence[str]) -> list[str]:
-    """For a job of one node and one GPU, or none, of the kind that the training gets."""
-    found = []
-    for word in options:
-        if re.match(r"--nodes=|--ntasks|-[Nn]", word):
-            continue
-        if match := re.match(r"(?:--gpus[\w-]*=|-G|--gres=gpu:?)(?:([^:]*):)?(\d*)$", word):
-            kind = f"{match[1]}:" if match[1] else ""
-            word = "--gpus-per-node=0" if match[2] == "0" else f"--gpus-per-node={kind}1"
-        found.append(word)
-    return found
-
-
-def _evaluated(arm: Arm, options: Sequence[str]) -> bool:
-    """Whether the results of the last step hold every length; False where options leave it open."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--tasks", default="perplexity")
-    parser.add_argument("--lengths", default="")
-    asked, _ = parser.parse_known_args(list(options))
-    lengths = set(asked.lengths.split(","))
-    for task in asked.tasks.split(","):
-        results = _json(arm.run_dir / "evaluation" / f"{task}.json") or {}
-        known = {str(entry["length"]) for entry in results.get("lengths", [])}
-        step = (results.get("checkpoint") or {}).get("step") or 0
-        if not lengths <= known or step < arm.config.training.steps:
-            return False
-    return True
 
 
 def _text(value: Any) -> str:
@@ -282,7 +186,8 @@ def _difference(one: Any, other: Any, place: str = "data") -> str:
     return f"{place}: {one} and {other}"
 
 
-def _json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """Its content; None when there is no such file, or no JSON in it."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):

@@ -21,6 +21,23 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     return partial(write_run, tmp_path)
 
 
+@pytest.fixture
+def sweep_file(config_file: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "bases.yaml"
+    file.write_text(
+        f"""\
+config: {config_file.name}
+folder: {tmp_path / "arms"}
+settings: {{training.steps: 4, rope.bound: "off"}}
+axes:
+  rope.base: [1e2, 5e5]
+  training.seed: [1, 2]
+evaluate: [--lengths, "64,128", --max-tokens, 2000]
+"""
+    )
+    return file
+
+
 def write_run(
     parent: Path, name: str, steps: int = 40, evaluated: bool = True, seed: int = 1234
 ) -> Path:
