@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.config import Config, load_config, save_config
+from megatron_ext.config import Config, load_config, named_run_dir, save_config
 from megatron_ext.config.files import read_layer, to_config
 from megatron_ext.errors import ConfigError
 from megatron_ext.rope.frequencies import Linear, NoScaling, Yarn
@@ -149,6 +149,28 @@ def test_overrides_read_values_as_files_do(valid: Path) -> None:
 
 def test_the_later_of_two_overrides_wins(valid: Path) -> None:
     assert load_config(valid, ["rope.base=2e4", "rope.base=3e4"]).rope.base == 30000
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "folder"),
+    [
+        ("training: {run_dir: a/b}\nmodel: {num_layer: 2}\n", [], "a/b"),
+        ("training: {run_dir: a/b}\n", ["rope.bse=1", "training.run_dir=c"], "c"),
+        ("model: {num_layer: 2}\n", ["="], "runs/wrong"),
+        ("training: [1\n", [], "runs/wrong"),
+        (None, [], "runs/wrong"),
+    ],
+    ids=["unknown setting", "override", "default", "no YAML", "no file"],
+)
+def test_run_folder_is_known_of_a_config_with_mistakes(
+    text: str | None, overrides: list[str], folder: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "wrong.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(file, overrides)
+    assert named_run_dir(file, overrides) == Path(folder)
 
 
 def test_null_takes_a_setting_back_to_its_default(valid: Path) -> None:

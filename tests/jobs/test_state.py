@@ -10,6 +10,7 @@ import pytest
 from megatron_ext.checkpoint.manifest import checkpoint_dir, write_manifest
 from megatron_ext.config import load_config, save_config
 from megatron_ext.errors import UserError
+from megatron_ext.jobs import __main__ as commands
 from megatron_ext.jobs import journal
 from megatron_ext.jobs.state import RunState, states
 from megatron_ext.training.status import write_status
@@ -69,6 +70,21 @@ def test_a_submitted_one_that_slurm_has_forgotten_never_began(run_dir: Path) -> 
     journal.record(run_dir, "submitted", job="78", what="evaluate")
     found = state(run_dir)
     assert (found.state, found.job, found.starts) == ("stopped", "77", 0)
+
+
+def test_a_config_that_cannot_be_read_is_told_where_its_run_would_be(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    file = run_dir.parent / "typo.yaml"
+    file.write_text(f"optimizer: {{lrr: 1}}\ntraining: {{run_dir: {run_dir.parent / 'two'}}}\n")
+    assert commands.main(["begin", str(file)]) == 2
+    found = state(run_dir.parent / "two")
+    assert (found.state, found.job, found.starts) == ("failed", "9", 0)
+    assert "optimizer.lrr" in found.reason and "optimizer.lrr" in capsys.readouterr().err
+    # Beside a run that trains it is no news of that run.
+    assert commands.main(["begin", str(file), f"training.run_dir={run_dir}"]) == 2
+    assert state(run_dir).state == "running"
 
 
 def test_half_a_line_of_the_journal_is_passed_over(run_dir: Path) -> None:
