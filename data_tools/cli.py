@@ -178,6 +178,12 @@ def _add_train(add: Any) -> None:
     add("--seed", type=int, default=0, help="which documents are drawn (%(default)s)")
     add("--sample-bytes", type=int, default=200_000_000, help="text to train on (%(default)s)")
     add("--character-coverage", type=float, default=0.99995, help="share that becomes pieces")
+    add(
+        "--slice-shares",
+        default="",
+        metavar="SLICE=SHARE,..",
+        help="of the text to train on, by slice; unset: as in the inputs",
+    )
 
 
 def _add_download(add: Any) -> None:

@@ -60,6 +60,7 @@ def run_train(given: Namespace) -> None:
         seed=given.seed,
         character_coverage=given.character_coverage,
         text_keys=_words(given.text_key),
+        slice_shares=_shares("--slice-shares", given.slice_shares, "c4=0.6,arxiv=0.4"),
     )
     model, sample = receipt["model"], receipt["sample"]
     _show(
@@ -86,15 +87,7 @@ def run_merge(given: Namespace) -> None:
 def run_split(given: Namespace) -> None:
     from data_tools.splitting import split
 
-    shares: dict[str, float] = {}
-    for word in _words(given.shares):
-        name, _, share = word.partition("=")
-        try:
-            shares[name] = float(share)
-        except ValueError as error:
-            raise UserError(
-                f"--shares {given.shares} is not NAME=SHARE,...: write train=0.98,valid=0.02"
-            ) from error
+    shares = _shares("--shares", given.shares, "train=0.98,valid=0.02")
     receipts = split(given.prefix, shares, seed=given.seed, overwrite=given.overwrite)
     lines = [_written(f"{given.prefix}-{name}", receipt) for name, receipt in receipts.items()]
     _show(given, receipts, "\n".join(lines))
@@ -201,6 +194,17 @@ def run_dedup(given: Namespace) -> None:
         f"({found['exact']:,} exact, {found['near']:,} near), {share:.1%} of the text"
         + (f"; {given.output} holds the rest" if found["removed"] else "; nothing was removed"),
     )
+
+
+def _shares(flag: str, text: str, example: str) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for word in filter(None, _words(text)):
+        name, _, share = word.partition("=")
+        try:
+            shares[name] = float(share)
+        except ValueError as error:
+            raise UserError(f"{flag} {text} is not NAME=SHARE,...: write {example}") from error
+    return shares
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -229,10 +229,17 @@ def _copy(
 
 
 def _join_rejected(pairs: Sequence[Pair], folder: Path) -> int:
-    """Concatenate PREFIX.rejected.jsonl of all inputs; returns the number of lines."""
+    """Concatenate PREFIX.rejected.jsonl of all inputs, that of shards once; returns the number of
+    lines."""
+    owners = [
+        name.removesuffix(f"-{receipt['shard']['number']:05d}")
+        if receipt and "shard" in receipt
+        else name
+        for name, _, receipt in pairs
+    ]
     count = 0
     with open(folder / "rejected.jsonl", "wb") as stream:
-        for name, _, _ in pairs:
+        for name in dict.fromkeys(owners):
             path = Path(f"{name}.rejected.jsonl")
             if path.is_file():
                 with open(path, "rb") as source:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
+import xxhash
 
 from data_tools import indexed
 from data_tools.corpus import Source
@@ -34,8 +35,9 @@ from data_tools.receipt import BINS, histogram
 from data_tools.tokenizer import Tokenizer
 
 BATCH_BYTES = 2 << 20  # of text encoded at once: fits the processor's last cache
-_TRAILER = struct.Struct("<QQQQ8s")  # bytes of ids, of lengths, of rejects, of statistics; magic
-_MAGIC = b"DTPART1\0"
+# Bytes of ids, of lengths, of rejects, of statistics; xxh3 of all of them; magic.
+_TRAILER = struct.Struct("<QQQQ8s8s")
+_MAGIC = b"DTPART2\0"
 COUNTED = ("documents", "characters", "bytes", "tokens")
 
 
@@ -104,6 +106,7 @@ class _Collector:
     ) -> None:
         self.worker, self.options, self.source = worker, options, source
         self.stream, self.rejects = stream, rejects
+        self.digest = xxhash.xxh3_64()
         tokenizer = worker.tokenizer
         self.before = (
             tokenizer.bos_id if options.prepend_bos and tokenizer.bos_id is not None else -1
@@ -174,7 +177,7 @@ class _Collector:
                 for i in np.flatnonzero(~kept):
                     self.reject(self.places[i], TOO_SHORT)
                 ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
-        self.stream.write(ids.astype(self.dtype, copy=False).data)
+        self.write(ids.astype(self.dtype, copy=False).data)
         self.lengths.append(lengths)
         self.histogram += histogram(lengths)
         self.count(kept, lengths)
@@ -201,11 +204,11 @@ class _Collector:
         self.encode()
         ids_bytes = self.stream.tell()
         lengths = np.concatenate([np.empty(0, np.int32), *self.lengths]).astype(np.int32)
-        self.stream.write(lengths.data)
+        self.write(lengths.data)
         rejects_bytes = self.rejects.tell()
         self.rejects.seek(0)
         while block := self.rejects.read(1 << 20):
-            self.stream.write(block)
+            self.write(block)
         statistics = orjson.dumps(
             {
                 "lines": self.lines,
@@ -215,10 +218,13 @@ class _Collector:
                 "histogram": self.histogram.tolist(),
             }
         )
-        self.stream.write(statistics)
-        self.stream.write(
-            _TRAILER.pack(ids_bytes, lengths.nbytes, rejects_bytes, len(statistics), _MAGIC)
-        )
+        self.write(statistics)
+        sizes = (ids_bytes, lengths.nbytes, rejects_bytes, len(statistics))
+        self.stream.write(_TRAILER.pack(*sizes, self.digest.digest(), _MAGIC))
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.digest.update(data)
+        self.stream.write(data)
 
 
 def _count_literal(texts: list[bytes], control: list[bytes]) -> dict[str, int]:
@@ -305,14 +311,20 @@ class PartResult:
                 yield block
 
 
-def read_part(path: Path) -> PartResult | None:
-    """Open a part file, or None when it is not whole (a power cut may leave a torn one)."""
+def read_part(path: Path, verify: bool = False) -> PartResult | None:
+    """Open a part file, or None when it is not whole. Parts are not synced: what a power cut left
+    of those of an earlier run shows only when all bytes are read (`verify`)."""
     try:
         with open(path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             stream.seek(max(0, size - _TRAILER.size))
-            ids, lengths, rejects, statistics, magic = _TRAILER.unpack(stream.read(_TRAILER.size))
+            ids, lengths, rejects, statistics, digest, magic = _TRAILER.unpack(
+                stream.read(_TRAILER.size)
+            )
             if magic != _MAGIC or ids + lengths + rejects + statistics + _TRAILER.size != size:
+                return None
+            stream.seek(0)
+            if verify and _digest(stream, size - _TRAILER.size) != digest:
                 return None
             stream.seek(ids)
             return PartResult(
@@ -324,3 +336,11 @@ def read_part(path: Path) -> PartResult | None:
             )
     except (OSError, struct.error, orjson.JSONDecodeError):
         return None
+
+
+def _digest(stream: BinaryIO, size: int) -> bytes:
+    digest = xxhash.xxh3_64()
+    while size and (block := stream.read(min(size, 1 << 20))):
+        digest.update(block)
+        size -= len(block)
+    return digest.digest()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import sys
@@ -39,6 +40,8 @@ def finished(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> dict[str,
                 f"{prefix}.bin exists and no receipt says what it is: choose another --output, or "
                 "write --overwrite to replace it"
             )
+        if wanted["options"].get("shard_tokens") and not overwrite and not publishing.exists():
+            _refuse_foreign_shards(prefix)
         return None
     if _same(known, wanted) and _whole(prefix, known):
         _remove_leftover(prefix.with_name(f"{prefix.name}.work"), known["wanted"])
@@ -50,6 +53,17 @@ def finished(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> dict[str,
             "choose another --output, or write --overwrite to replace it"
         )
     return None
+
+
+def _refuse_foreign_shards(prefix: Path) -> None:
+    """Shards are named PREFIX-00000 and so on, as files that are none of ours may be."""
+    names = f"{glob.escape(prefix.name)}-{'[0-9]' * 5}.*"
+    for path in sorted(prefix.parent.glob(names)):
+        if path.suffix in (".bin", ".idx"):
+            raise UserError(
+                f"{path} exists and --shard-tokens may write a file of this name: choose another "
+                "--output, or write --overwrite to replace it"
+            )
 
 
 def _remove_leftover(folder: Path, plan: dict[str, Any]) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 import xxhash
 
 from data_tools import indexed
-from data_tools.errors import UserError
-from data_tools.files import write_json
+from data_tools.errors import Failure, UserError
+from data_tools.files import checksum, write_json
 from data_tools.pair import PairWriter
 from data_tools.publication import finished, publish_all, work_folder
 from data_tools.receipt import BINS, FORMAT, command_line, histogram, read_receipt, versions
@@ -34,7 +34,8 @@ def split(
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Write one pair PREFIX-NAME a set; returns the receipts by name. Raises `UserError`."""
+    """Write one pair PREFIX-NAME a set; returns the receipts by name. Raises `UserError`, and
+    `Failure` when the pair is damaged."""
     if (
         not shares
         or any(share <= 0 for share in shares.values())
@@ -53,7 +54,7 @@ def split(
     receipt: dict[str, Any] = read_receipt(prefix) or {"tokenizer": {}, "options": {}}
     stat = os.stat(indexed.paths(prefix)[0])
     receipts: dict[str, dict[str, Any]] = {}
-    low = 0.0
+    low, intact = 0.0, False
     for name, share in shares.items():
         wanted: dict[str, Any] = {
             "inputs": [{"path": str(prefix), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}],
@@ -63,6 +64,7 @@ def split(
         target = prefix.with_name(f"{prefix.name}-{name}")
         known = finished(target, wanted, overwrite)
         if known is None:
+            intact = intact or _check_intact(prefix, receipt)
             with work_folder(target, wanted, overwrite) as folder:
                 if not (folder / "publish.json").exists():
                     body = _write(prefix, index, folder, target, low, low + share, seed)
@@ -89,6 +91,15 @@ def split(
         receipts[name] = known
         low += share
     return receipts
+
+
+def _check_intact(prefix: Path, receipt: dict[str, Any]) -> bool:
+    """Raises `Failure` when the ids are not those that the receipt tells of: what is damaged would
+    get a new receipt that calls it whole."""
+    known, path = _bin_checksum(receipt), indexed.paths(prefix)[0]
+    if known and checksum(path) != known:
+        raise Failure(f"{path} differs from the checksum in its receipt: see `data-tools verify`")
+    return True
 
 
 def _bin_checksum(receipt: dict[str, Any]) -> str:

@@ -132,8 +132,9 @@ class _Run:
         # A shuffle deals out whole documents again, so shards are made after it.
         shard_tokens = options.shard_tokens if options.seed is None else 0
         self.assembler = Assembler(folder, sources, self.shares, tokenizer.vocab_size, shard_tokens)
-        self.ready: set[tuple[int, int]] = set()  # finished parts that were not appended yet
-        self.done_bytes = 0
+        # Finished parts that were not appended yet, and how far into a compressed file they reach.
+        self.ready: dict[tuple[int, int], int] = {}
+        self.consumed = 0  # of the compressed file at hand, by the last part appended
 
     def run(self) -> dict[str, Any]:
         """Encode, assemble, complete; returns the receipt's body."""
@@ -183,7 +184,7 @@ class _Run:
                 done, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
                     part = future.result()
-                    self.ready.add((part.source, part.number))
+                    self.ready[part.source, part.number] = part.consumed
                 self._assemble()
                 if exhausted and not pending:
                     break
@@ -226,8 +227,8 @@ class _Run:
             return False
         path = part.file(self.setup.folder)
         if path.exists():
-            if read_part(path) is not None:
-                self.ready.add((part.source, part.number))
+            if read_part(path, verify=True) is not None:
+                self.ready[part.source, part.number] = self.consumed
                 return False
             path.unlink()
         return True
@@ -240,7 +241,7 @@ class _Run:
             key = (self.shares[number].source, k)
             if key not in self.ready:
                 break
-            self.ready.remove(key)
+            self.consumed = self.ready.pop(key)
             result = read_part(Part(*key, 0, 0).file(self.setup.folder))
             if result is None:
                 raise Failure(
@@ -258,10 +259,10 @@ class _Run:
     def _bytes_done(self) -> int:
         number, k = self.assembler.next
         done = sum(share.end - share.start for share in self.shares[:number])
-        if number < len(self.shares) and self.shares[number].mode != SPOOLED:
-            done += min(
-                k * self.options.part_bytes, self.shares[number].end - self.shares[number].start
-            )
+        if number < len(self.shares) and k:
+            share = self.shares[number]
+            reached = self.consumed if share.mode == SPOOLED else k * self.options.part_bytes
+            done += min(reached, share.end - share.start)
         return done
 
     def _check_rejected(self, final: bool) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import heapq
 import io
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,15 @@ from data_tools.receipt import command_line, versions
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What decides the model. `sample_bytes` of text are drawn, evenly over all documents."""
+    """What decides the model. `sample_bytes` of text are drawn, evenly over all documents, or so
+    that each of the slices in `slice_shares` has its share of them."""
 
     vocab_size: int
     sample_bytes: int = 200_000_000
     seed: int = 0
     character_coverage: float = 0.99995
     text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS
+    slice_shares: tuple[tuple[str, float], ...] = ()
 
 
 def train_tokenizer(
@@ -47,12 +50,24 @@ def train_tokenizer(
     seed: int = 0,
     character_coverage: float = 0.99995,
     text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS,
+    slice_shares: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Train and write `output` (a .model, or a prefix of one) and its receipt; returns the receipt.
 
+    slice_shares: of the sample, by slice; slices that are not named give nothing. Unset: every
+    slice gives as much as it has of the whole.
+
     `receipt["reused"]` is true when the model was already there. Raises `UserError`.
     """
-    options = TrainingOptions(vocab_size, sample_bytes, seed, character_coverage, text_keys)
+    shares = tuple(sorted((slice_shares or {}).items()))
+    if shares and (
+        min(share for _, share in shares) <= 0 or abs(sum(dict(shares).values()) - 1) > 1e-6
+    ):
+        raise UserError(
+            f"--slice-shares {dict(shares)} do not add up to 1 with every one above 0: write such "
+            "as c4=0.6,arxiv=0.4"
+        )
+    options = TrainingOptions(vocab_size, sample_bytes, seed, character_coverage, text_keys, shares)
     if vocab_size < 300:
         raise UserError(
             f"--vocab-size {vocab_size} leaves no room beside 256 bytes and 3 control tokens: "
@@ -63,7 +78,7 @@ def train_tokenizer(
     sources = find_sources(inputs)
     wanted = {
         "inputs": [{"path": s.path, "size": s.size, "mtime_ns": s.mtime_ns} for s in sources],
-        "options": {**asdict(options), "text_keys": list(text_keys)},
+        "options": json.loads(json.dumps(asdict(options))),
     }
     if model_path.is_file() and receipt_file.is_file() and "-" not in inputs:
         known = read_json(receipt_file)
@@ -97,11 +112,14 @@ def sample(
 ) -> tuple[list[bytes], dict[str, int]]:
     """Documents drawn evenly until `sample_bytes` are full, and how many bytes each slice gave.
 
-    Every document gets a number from its text and the seed; the lowest numbers are kept. So the
-    draw needs one pass, bounded memory, and does not depend on the order of the files.
+    Every document gets a number from its text and the seed; the lowest numbers are kept, of all
+    documents or of each slice that has a share. So the draw needs one pass, bounded memory, and
+    does not depend on the order of the files.
     """
-    kept: list[tuple[int, bytes, str]] = []  # a heap with the highest number on top
-    size = 0
+    shares = dict(options.slice_shares)
+    heaps: dict[str, _Lowest] = {
+        name: _Lowest(int(share * options.sample_bytes)) for name, share in shares.items()
+    } or {"": _Lowest(options.sample_bytes)}
     for source in sources:
         for line in read_lines(source):
             document = parse_line(line.data, options.text_keys)
@@ -109,16 +127,32 @@ def sample(
                 continue
             number = xxhash.xxh3_64_intdigest(document.text, seed=options.seed)
             name = document.slice or slice_of_path(source.path)
-            heapq.heappush(kept, (-number, document.text, name))
-            size += len(document.text)
-            while size > options.sample_bytes and len(kept) > 1:
-                size -= len(heapq.heappop(kept)[1])
+            if heap := heaps.get(name if shares else ""):
+                heap.add(number, document.text, name)
+    for name, heap in heaps.items():
+        if shares and not heap.kept:
+            raise UserError(f"--slice-shares {name}: the inputs hold no document of this slice")
+    kept = [entry for heap in heaps.values() for entry in heap.kept]
     if not kept:
         raise UserError("the inputs hold no text to train on: check --text-key and the files")
     slices: dict[str, int] = {}
     for _, text, name in kept:
         slices[name] = slices.get(name, 0) + len(text)
     return [text for _, text, _ in sorted(kept, reverse=True)], dict(sorted(slices.items()))
+
+
+class _Lowest:
+    """The documents with the lowest numbers, as many as `most` bytes hold; one at least."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.size = most, 0
+        self.kept: list[tuple[int, bytes, str]] = []  # a heap with the highest number on top
+
+    def add(self, number: int, text: bytes, name: str) -> None:
+        heapq.heappush(self.kept, (-number, text, name))
+        self.size += len(text)
+        while self.size > self.most and len(self.kept) > 1:
+            self.size -= len(heapq.heappop(self.kept)[1])
 
 
 def _sentences(texts: Sequence[bytes]) -> Iterator[str]:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from data_tools.cli import main
-from data_tools.errors import UserError
+from data_tools.errors import Failure, UserError
 from data_tools.inspection import context_lengths, peek, summary
 from data_tools.receipt import histogram
 from data_tools.splitting import split
 from data_tools.tokenization import tokenize
 from data_tools.verification import verify
 
-from .conftest import documents, library_text, write_jsonl
+from .conftest import documents, flip_a_bit, library_text, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +106,12 @@ def test_split_is_disjoint_complete_and_stable(
             assert not any(tuple(d) in there for d in sets["new"][one])
     with pytest.raises(UserError, match="add up to 1"):
         split(tmp_path / "old", {"train": 0.9})
+
+
+def test_split_of_a_damaged_pair_is_refused(texts: list[str], model: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "docs.jsonl", texts)
+    tokenize([str(tmp_path / "docs.jsonl")], model, tmp_path / "docs")
+    flip_a_bit(tmp_path / "docs.bin", at=1000)
+    with pytest.raises(Failure, match=r"docs\.bin differs from the checksum"):
+        split(tmp_path / "docs", {"train": 0.9, "valid": 0.1})
+    assert not list(tmp_path.glob("docs-*.bin"))

@@ -22,7 +22,15 @@ from data_tools.tokenization import tokenize
 from data_tools.tokenizer import Tokenizer
 from data_tools.verification import verify
 
-from .conftest import documents, expected, library_text, shared, write_compressed, write_jsonl
+from .conftest import (
+    documents,
+    expected,
+    flip_a_bit,
+    library_text,
+    shared,
+    write_compressed,
+    write_jsonl,
+)
 
 ENDINGS = ("", ".gz", ".zst", ".bz2", ".xz")
 SMALL = Options(part_bytes=4096)
@@ -128,6 +136,44 @@ def test_a_merge_of_shards_has_a_true_receipt(reference: Path, model: str, tmp_p
         pair["documents"] for pair in whole["outputs"]["pairs"][:2]
     )
     assert some["inputs"] == whole["inputs"]
+
+
+def test_a_merge_of_shards_has_the_rejected_lines_once(
+    reference: Path, model: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "c4.jsonl"
+    source.write_bytes((reference / "c4.jsonl").read_bytes() + b"no json\n")
+    options = Options(shard_tokens=20_000, part_bytes=4096)
+    receipt = tokenize([str(source)], model, tmp_path / "out", options, max_rejected="1")
+    names = [str(tmp_path / pair["prefix"]) for pair in receipt["outputs"]["pairs"]]
+    merge(names, tmp_path / "merged")
+    listed = read_lines_of(tmp_path / "merged.rejected.jsonl")
+    assert listed == read_lines_of(tmp_path / "out.rejected.jsonl")
+    assert len(listed) == 1
+
+
+def test_shards_do_not_replace_files_that_are_none_of_theirs(
+    reference: Path, model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "out-00001.bin").write_bytes(b"precious")
+    options = Options(shard_tokens=20_000)
+    with pytest.raises(UserError, match=r"out-00001\.bin exists"):
+        tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", options)
+    assert (tmp_path / "out-00001.bin").read_bytes() == b"precious"
+    tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", options, overwrite=True)
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_part_torn_by_a_power_cut_is_encoded_again(
+    reference: Path, model: str, tmp_path: Path
+) -> None:
+    ended = dying_run(reference, model, tmp_path / "out")
+    assert ended.returncode == 1
+    parts = sorted((tmp_path / "out.work" / "parts").glob("*.part"))
+    assert parts
+    flip_a_bit(parts[-1], at=10)  # size and trailer are as they were
+    tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", SMALL)
+    assert outputs(tmp_path / "out") == outputs(reference / "out")
 
 
 def test_overwriting_shards_leaves_none_of_the_old(
@@ -457,18 +503,19 @@ tokenize([sys.argv[1]], sys.argv[2], sys.argv[3], Options(part_bytes=4096), work
 """
 
 
+def dying_run(reference: Path, model: str, output: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", DIE, str(reference / "c4.jsonl"), model, str(output)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
 def test_a_dead_worker_ends_the_run_and_nothing_is_lost(
     reference: Path, model: str, tmp_path: Path
 ) -> None:
-    source = str(reference / "c4.jsonl")
-    ended = subprocess.run(
-        [sys.executable, "-c", DIE, source, model, str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    ended = dying_run(reference, model, tmp_path / "out")
     assert ended.returncode == 1
     assert "worker process died" in ended.stderr
     assert not (tmp_path / "out.bin").exists()
-    tokenize([source], model, tmp_path / "out", SMALL, workers=2)
+    tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", SMALL, workers=2)
     assert outputs(tmp_path / "out") == outputs(reference / "out")
 
 
