@@ -28,7 +28,7 @@ test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest
 
 test-slurm: $(INSTALLED)
-	@$(BIN)/python -m pytest -m slurm
+	@$(BIN)/python -m pytest -m "slurm and not slow"
 
 chaos: $(INSTALLED)
 	@$(BIN)/python -m tests.chaos --rounds $(or $(ROUNDS),100)

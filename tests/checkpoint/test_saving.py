@@ -17,7 +17,7 @@ from megatron_ext import cpu
 from megatron_ext.checkpoint import storage
 from megatron_ext.checkpoint.chunks import Chunk
 from megatron_ext.checkpoint.manifest import verify
-from megatron_ext.checkpoint.saving import Save, Saver, _seal
+from megatron_ext.checkpoint.saving import Save, Saver, _copied, _seal
 from megatron_ext.checkpoint.sharded import newest_valid_everywhere
 from megatron_ext.config import load_config
 from tests.checkpoint.folders import make_checkpoint
@@ -83,6 +83,20 @@ def test_training_waits_for_no_disk(
     saver.close(5)
     assert verify(save.final) == []
     assert len(synced) > 5 and {one.thread for one in synced} == {"checkpoint_0"}
+
+
+def test_each_save_is_copied_into_the_memory_of_the_one_before() -> None:
+    live = [Chunk("a", (6,), (0,), torch.arange(6.0)), Chunk("b", (), (), torch.tensor(3))]
+    first = _copied(live, ())
+    places = [chunk.tensor.data_ptr() for chunk in first]
+    live[0].tensor.mul_(2)
+    again = _copied(live, [chunk.tensor for chunk in first])
+    assert [chunk.tensor.data_ptr() for chunk in again] == places
+    assert again[0].tensor.tolist() == [0, 2, 4, 6, 8, 10] and again[1].tensor == 3
+    # Another state gets memory of its own.
+    grown = [Chunk("a", (7,), (0,), torch.arange(7.0)), *live]
+    copied = _copied(grown, [chunk.tensor for chunk in again])
+    assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(copied, grown, strict=True))
 
 
 def test_newest_of_at_most_so_many_steps_is_taken(tmp_path: Path, alone: None) -> None:
