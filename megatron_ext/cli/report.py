@@ -9,7 +9,10 @@ import typer
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_OR_SWEEP", help="Folders of runs or sweeps.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN_OR_SWEEP", help="Folders of runs or sweeps, or a sweep's YAML file."
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -25,7 +28,7 @@ def report(
     """Write one self-contained HTML page about runs, with figures and their numbers beside it.
 
     Example: megatron-ext report runs/demo/below runs/demo/above
-    Example: megatron-ext report runs/rope_base --threshold 0.9
+    Example: megatron-ext report configs/sweeps/rope_base.yaml --threshold 0.9
     """
     from megatron_ext.study.report import write_report
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from megatron_ext.study.drawing import DASHES, MUTED, SERIES
+from megatron_ext.study.drawing import DASHES, MUTED, SERIES, swatch
 from megatron_ext.study.runs import Run, arms
 
 Look = tuple[str, Any]
@@ -29,9 +29,8 @@ def legend(shown: Sequence[Run], runs: Sequence[Run]) -> list[tuple[str, str]]:
         count = sum(run.folder in folders for run in arm.runs)
         seeds = f", {count} seeds" if count > 1 else ""
         if count:
-            found.append(
-                (f"var(--s{k % 8})", f"{arm.name} (base {arm.first.config.rope.base:,g}{seeds})")
-            )
+            base = f"{arm.first.config.rope.base:,g}"
+            found.append((swatch(k), f"{arm.name} (base {base}{seeds})"))
     return found
 
 

@@ -143,8 +143,10 @@ def run(*command: object, processes: int = 1) -> None:
     shown = ["python", *words[1:]] if words[0] == sys.executable else words
     print(f"      $ {shlex.join(shown)}", flush=True)
     # More than two threads a process do nothing for so small a model, and harm where a container
-    # may use fewer cores than it sees.
-    threads = max(1, min(2, (os.cpu_count() or 1) // processes))
+    # may use fewer cores than it sees. A number that the user set is left alone.
+    threads = os.environ.get("OMP_NUM_THREADS") or max(
+        1, min(2, (os.cpu_count() or 1) // processes)
+    )
     child = subprocess.Popen(
         words,
         env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},

@@ -27,7 +27,7 @@ FAIL, FAIL_FAR = "#c92a2a", "#eba3a3"
 SERIES = (
     "#0b63ce", "#946200", "#18794e", "#6f42c1", "#0c7489", "#b4256b", "#4d5560", "#7a4a2b",
 )  # fmt: skip
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)))
 _VARIABLES = {
     INK: "ink", MUTED: "muted", GRID: "grid", FAIL: "fail", FAIL_FAR: "fail-far",
     **{color: f"s{k}" for k, color in enumerate(SERIES)},
@@ -51,7 +51,7 @@ class Figure:
     png: bytes
     svg: bytes  # a file of its own: no variables in it
     table: Table
-    legend: list[tuple[str, str]]  # CSS colour and text
+    legend: list[tuple[str, str]]  # CSS background and text
 
     def save(self, folder: Path) -> None:
         """Write NAME.png, NAME.svg and NAME.csv."""
@@ -108,6 +108,15 @@ def figure(
     png = render(_WIDE, wide_height, format="png", dpi=160)
     pages = for_page(wide.decode(), title), for_page(narrow.decode(), title)
     return Figure(name, title, caption, *pages, png, wide, table, legend)
+
+
+def swatch(k: int) -> str:
+    """CSS background that shows colour and dashes of the k-th arm."""
+    color, dashes = f"var(--s{k % 8})", DASHES[k // 8 % 3]
+    if dashes == "-":
+        return color
+    on, off = (2 * length for length in dashes[1])
+    return f"repeating-linear-gradient(90deg, {color} 0 {on}px, transparent {on}px {on + off}px)"
 
 
 def for_page(svg: str, title: str) -> str:

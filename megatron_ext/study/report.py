@@ -1,7 +1,7 @@
 """Runs to one self-contained HTML page: what the theory says, what was measured, what was run.
 
     write_report([Path("runs/demo/below"), Path("runs/demo/above")], Path("runs/demo/report.html"))
-    write_report([Path("runs/rope_base")])        # a sweep: every run in the folder
+    write_report([Path("configs/sweeps/rope_base.yaml")])       # a sweep: every run in its folder
 
 Works offline, in light and dark, on a phone and a desktop. The figures are also written beside the
 page as figures/NAME.png and NAME.svg with NAME.csv. What a run lacks is said on the page. Refuses
@@ -18,9 +18,11 @@ from megatron_ext.errors import UserError
 from megatron_ext.planning.parameters import count_parameters
 from megatron_ext.study.measures import THRESHOLD, effective_context
 from megatron_ext.study.runs import HORIZON, Arm, Run, arms, count, read_runs
-from megatron_ext.study.table import reach, table
+from megatron_ext.study.sweep import read_sweep
+from megatron_ext.study.table import outcome, reach, table
 
 TEMPLATE = Path(__file__).with_name("report.html")
+_MOST_IN_WORDS = 3  # arms; more would be a page of bullets
 
 
 def write_report(
@@ -28,11 +30,13 @@ def write_report(
 ) -> Path:
     """Write the page and its figures; returns the page. Raises UserError.
 
-    folders: of runs, or of sweeps. threshold: share of prompts that counts as retrieving. `output`
-    unset: report.html in the one folder given, or in the folder that holds all of them.
+    folders: of runs, or of sweeps, also as a sweep's YAML file. threshold: share of prompts that
+    counts as retrieving. `output` unset: report.html in the one folder given, or in the folder that
+    holds all of them.
     """
     if not 0 < threshold <= 1:
         raise UserError(f"--threshold {threshold:g} is no share: write one above 0, up to 1")
+    folders = [_of_sweep(folder) for folder in folders]
     runs = read_runs(folders)
     if output is None:
         common = folders[0] if len(folders) == 1 else _common_parent(folders)
@@ -46,15 +50,19 @@ def write_report(
             f"the report needs {error.name}: install it with pip install 'megatron-ext[report]'"
         ) from None
     drawn = figures.draw(runs, threshold)
+    columns, rows = outcome(runs, threshold)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=_title(runs),
+        columns=columns,
+        rows=rows,
+        row_colors=[drawing.swatch(k) for k in range(len(rows))],
         summary=summary(runs, threshold),
         remarks=remarks(runs),
         figures=drawn,
         absent=_absent(runs),
         names=[run.name for run in runs],
-        colors=_colors(runs),
+        colors=[drawing.swatch(k) for k in _places(runs)],
         table=table(runs, threshold),
         written=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -65,9 +73,25 @@ def write_report(
     return output
 
 
+def _of_sweep(source: Path) -> Path:
+    """The folder of a sweep's file; any other path as it is. Raises UserError."""
+    if source.suffix not in (".yaml", ".yml"):
+        return source
+    folder = read_sweep(source).folder
+    if not any(folder.glob("*/config.yaml")):
+        raise UserError(
+            f"no arm of {source} has begun in {folder}: megatron-ext sweep {source} --local"
+        )
+    return folder
+
+
 def summary(runs: Sequence[Run], threshold: float = THRESHOLD) -> list[str]:
-    """What the runs show, one sentence or two each; nothing that the numbers do not say."""
-    return [_run_summary(run) for run in runs] + _retrieval(runs, threshold) + _comparison(runs)
+    """What the runs show, one sentence or two each; nothing that the numbers do not say. Of many
+    arms only what is true of all: the rest is read from the table."""
+    if len(arms(runs)) > _MOST_IN_WORDS:
+        return _best_and_worst(runs)
+    each = [_run_summary(run) for run in runs]
+    return each + _retrieval(runs, threshold) + _comparison(runs) + _best_and_worst(runs)
 
 
 def remarks(runs: Sequence[Run]) -> list[str]:
@@ -167,14 +191,18 @@ def _comparison(runs: Sequence[Run]) -> list[str]:
                 f"{run.name}: perplexity {at[context]:.1f} at the trained {context:,} tokens, "
                 f"{at[longest]:.1f} at {longest:,}, {word}."
             )
-    losses = {run.name: run.validation[-1]["validation_loss"] for run in runs if run.validation}
-    if len(losses) > 1:
-        best, worst = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
-        said.append(
-            f"The least validation loss is that of {best} ({losses[best]:.3f}), the greatest that "
-            f"of {worst} ({losses[worst]:.3f}), a difference of {losses[worst] - losses[best]:.3f}."
-        )
     return said
+
+
+def _best_and_worst(runs: Sequence[Run]) -> list[str]:
+    losses = {run.name: run.validation[-1]["validation_loss"] for run in runs if run.validation}
+    if len(losses) < 2:
+        return []
+    best, worst = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
+    return [
+        f"The least validation loss is that of {best} ({losses[best]:.3f}), the greatest that of "
+        f"{worst} ({losses[worst]:.3f}), a difference of {losses[worst] - losses[best]:.3f}."
+    ]
 
 
 def _data_remark(groups: Sequence[Arm]) -> str:
@@ -209,9 +237,10 @@ def _title(runs: Sequence[Run]) -> str:
     return f"{len(bases)} RoPE bases from {bases[0]:,g} to {bases[-1]:,g}"
 
 
-def _colors(runs: Sequence[Run]) -> list[str]:
+def _places(runs: Sequence[Run]) -> list[int]:
+    """Of each run, the place of its arm."""
     places = {run.folder: k for k, arm in enumerate(arms(runs)) for run in arm.runs}
-    return [f"var(--s{places[run.folder] % 8})" for run in runs]
+    return [places[run.folder] for run in runs]
 
 
 def _common_parent(folders: Sequence[Path]) -> Path:

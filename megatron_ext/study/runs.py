@@ -155,8 +155,9 @@ def count(number: float) -> str:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """base_1e4 of base_1e4-seed_1 and base_1e4-seed_2."""
-    without = {re.sub(r"[-_. ]*seed[-_= ]?\d+$", "", name) for name in names}
+    """base_1e4 of base_1e4-seed_1 and base_1e4-seed_2; the seed may stand in front as well."""
+    seed = r"seed[-_= ]?\d+"
+    without = {re.sub(rf"^{seed}[-_. ]*|[-_. ]*{seed}$", "", name) for name in names}
     return without.pop() if len(names) > 1 and len(without) == 1 else ", ".join(names)
 
 

@@ -1,6 +1,6 @@
-"""What was run, as a table: a row for each fact, a column for each run."""
+"""The page's tables: what came out, a row for each arm; what was run, a column for each run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_ext.planning.parameters import count_parameters
@@ -11,7 +11,55 @@ from megatron_ext.study.measures import (
     effective_context,
     law_of,
 )
-from megatron_ext.study.runs import HORIZON, Run, count
+from megatron_ext.study.runs import HORIZON, Arm, Run, arms, count
+
+Cells = list[list[str]]
+
+
+def outcome(runs: Sequence[Run], threshold: float = THRESHOLD) -> tuple[list[str], Cells]:
+    """Theory beside measurement: the columns' names, and a row for each arm, its seeds in the order
+    of their runs, a line each."""
+    found = arms(runs)
+    tasks = list(dict.fromkeys(task for run in runs for task in run.retrieval))
+    columns = ["Arm", "Base", "Trained context", "Theory: usable context"]
+    columns += [f"Measured: {task} ≥ {threshold:.0%}" for task in tasks]
+    columns += ["Validation loss", "Perplexity at trained context", "Perplexity at longest"]
+    return columns, [_outcome(arm, tasks, threshold) for arm in found]
+
+
+def _outcome(arm: Arm, tasks: Sequence[str], threshold: float) -> list[str]:
+    failing, context = arm.first.first_failing_distance, arm.first.config.training.sequence_length
+
+    def seeds(cells: Iterable[str | None]) -> str:
+        return "\n".join(cell or "—" for cell in cells)
+
+    def reached(run: Run, task: str) -> str | None:
+        results = run.retrieval.get(task)
+        return reach(effective_context(results["lengths"], threshold)) if results else None
+
+    return [
+        arm.name,
+        f"{arm.first.config.rope.base:,.6g}",
+        f"{context:,}",
+        f"{failing - 1:,}" if failing else f"at least {HORIZON - 1:,}",
+        *(seeds(reached(run, task) for run in arm.runs) for task in tasks),
+        seeds(_validation(run) for run in arm.runs),
+        seeds(_perplexity(run, context) for run in arm.runs),
+        seeds(_perplexity(run, None) for run in arm.runs),
+    ]
+
+
+def _perplexity(run: Run, length: int | None) -> str | None:
+    """Over tokens, at a length or at the longest one."""
+    at = {
+        e["length"]: e["token_weighted_perplexity"]
+        for e in (run.perplexity or {"lengths": []})["lengths"]
+    }
+    if not at:
+        return None
+    if length is None:
+        return f"{at[max(at)]:.2f} at {max(at):,}"
+    return f"{at[length]:.2f}" if length in at else None
 
 
 def table(runs: Sequence[Run], threshold: float = THRESHOLD) -> list[tuple[str, list[str]]]:

@@ -15,6 +15,7 @@ import pytest
 import zstandard
 
 from megatron_ext.errors import UserError
+from megatron_ext.study.demo import run
 from megatron_ext.study.demo_corpus import build_corpus, own_texts, standard_library
 from tests.conftest import ROOT, metrics
 
@@ -102,6 +103,20 @@ def test_two_demos_do_not_share_a_folder(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert re.fullmatch(r"error: another demo is writing into .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(("given", "used"), [("1", "1"), (None, "2")])
+def test_threads_that_the_user_set_are_left_alone(
+    given: str | None, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    if given is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    write = f"import os; open({str(tmp_path / 'n')!r}, 'w').write(os.environ['OMP_NUM_THREADS'])"
+    run(sys.executable, "-c", write)
+    assert (tmp_path / "n").read_text() == used
 
 
 @pytest.mark.slow

@@ -157,6 +157,39 @@ def test_jobs_and_checkpoint_of_every_result_are_named(make_run: MakeRun) -> Non
     assert "above: passkey at step 20, not at the last one" in words
 
 
+def test_a_glance_shows_theory_and_every_seed_beside_it(sweep_page: Path) -> None:
+    row = re.search(
+        r"<tr><th scope=.row.><i [^>]*></i>below</th>(.*?)</tr>", sweep_page.read_text(), re.DOTALL
+    )
+    assert row is not None
+    cells = re.findall(r"<td>(.*?)</td>", row[1], re.DOTALL)
+    assert cells[:3] == ["100", "256", "45"]  # base, trained context, B_46 is the first below zero
+    assert cells[3].split("\n") == ["128 (95%: 64 to 128)", "64 (95%: 64 to 128)"]
+    assert cells[4].split("\n") == ["4.500", "4.500"]
+    assert cells[5].split("\n") == ["62.56"] * 2
+    assert cells[6].split("\n") == ["65.12 at 512"] * 2
+
+
+def test_a_sweep_s_file_stands_for_its_folder_and_seeds_may_stand_in_front(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    runs = [make_run(f"seed_{seed}-above", seed=seed) for seed in (1, 2)]
+    file = tmp_path / "bases.yaml"
+    axes = "axes: {training.seed: [1, 2], rope.base: [1e4]}"
+    file.write_text(f"config: {runs[0] / 'config.yaml'}\nfolder: {tmp_path}\n{axes}\n")
+    page = write_report([file])
+    assert page == tmp_path / "report.html"
+    assert "above (base 10,000, 2 seeds)" in Page(page.read_text()).words
+
+
+def test_a_sweep_without_a_begun_arm_says_how_to_begin(config_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bases.yaml"
+    axes = "axes: {training.seed: [1, 2]}"
+    file.write_text(f"config: {config_file.name}\nfolder: {tmp_path / 'none'}\n{axes}\n")
+    with pytest.raises(UserError, match=r"no arm of .* has begun in .*none: megatron-ext sweep"):
+        write_report([file])
+
+
 @pytest.mark.parametrize("threshold", [0.0, 1.5, 80.0])
 def test_a_threshold_that_is_no_share_is_refused(threshold: float, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--threshold .* is no share"):
