@@ -8,7 +8,7 @@ Attention, epfml/landmark-attention), lines (LongEval, DachengLi1/LongChat, in t
 2405.14591, figure 8), needle (gkamradt/LLMTest_NeedleInAHaystack). What a base model needs to
 answer in the right form stands after the question, and is ours; so is the wording of
 first_sentence, which Llama 2 Long (arXiv 2309.16039) describes and does not print. RULER's tasks
-are in `ruler.py`.
+are in `ruler.py`. What the small study trains on, passkey's template, has names.
 """
 
 from collections.abc import Callable
@@ -40,14 +40,16 @@ PASSKEY_INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
 )
+PASSKEY_FACT = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+PASSKEY_QUESTION = "\nWhat is the pass key? The pass key is"
 
 
 def passkey(kit: Kit, length: int, depth: float, rng: np.random.Generator) -> Sample:
     """A number from 1 to 50,000 among sentences about grass and sky."""
     key = int(rng.integers(1, 50001))
     head = kit.start(f"{PASSKEY_INTRODUCTION}\n")
-    needle = kit.after(".a", f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n")
-    question = kit.after(".a", "\nWhat is the pass key? The pass key is")
+    needle = kit.after(".a", PASSKEY_FACT.format(key=key))
+    question = kit.after(".a", PASSKEY_QUESTION)
     left = room(length, head, needle, question)
     before = round(left * depth / 100)
     prompt = head + kit.noise(before) + needle + kit.noise(left - before) + question
