@@ -59,13 +59,16 @@ def _give_meaning_to_torch_cuda(device: str) -> None:
 
 def _functions_with_cuda_literals() -> list[Callable[..., Any]]:
     from megatron.core import utils
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, grad_scaler, optimizer
     from megatron.core.pipeline_parallel import schedules
 
     return [
         optimizer.MixedPrecisionOptimizer.__init__,  # optimizer.py:473 device='cuda'
         optimizer.Float16OptimizerWithFloat16Params.__init__,  # optimizer.py:671 param.type()
         optimizer.FP32Optimizer.__init__,  # optimizer.py:907 device='cuda'
+        # grad_scaler.py:15, 71, 74, 77 device='cuda' (fp16)
+        grad_scaler.MegatronGradScaler.__init__,
+        grad_scaler.DynamicGradScaler.__init__,
         # distrib_optimizer.py:361, 582: accept only parameters whose type() says cuda
         distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups,
         clip_grads.get_grad_norm_fp32,  # clip_grads.py:90, 103 device='cuda'

@@ -7,8 +7,12 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -21,6 +25,23 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared, which is not here")
     return SHARED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A GPU is only for the tests that are marked so: `make test-gpu`. The others are about a CPU
+    on every machine."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> "torch.device":
+    """The CPU, or the GPU under `make test-gpu`: a test that takes it is one of both."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU: run `make test-gpu` on a machine that has one")
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -80,16 +101,18 @@ def launch(
     return [*runner, "--nproc-per-node", str(processes), *address, *words]
 
 
-def environment() -> dict[str, str]:
+def environment(gpu: bool = False) -> dict[str, str]:
     """One thread a process: several share two cores, and sums keep their order."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "OMP_NUM_THREADS": "1", **hidden}
 
 
-def pretrain(*arguments: object, processes: int = 1, code: int = 0) -> str:
+def pretrain(*arguments: object, processes: int = 1, code: int = 0, gpu: bool = False) -> str:
     """Run the real entry point to its end, demand its exit code, return what it printed."""
     done = subprocess.run(
         launch(*arguments, processes=processes),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+        env=environment(gpu), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == code, done.stdout[-4000:]
     return done.stdout

@@ -44,6 +44,14 @@ def bare(model: Model) -> list[MegatronModule]:
     return chunks  # type: ignore[return-value]
 
 
+def gather_weights(model: Model) -> None:
+    """Fetch the weights that other ranks updated in the last step, where that was left to the next
+    forward pass (parallel.overlap_param_gather). Every rank calls it."""
+    for part in model:
+        if isinstance(part, DistributedDataParallel) and part.use_forward_hook:
+            part.start_param_sync(force_sync=True)
+
+
 def state_chunks(
     model: Model, optimizer: MegatronOptimizer | None = None, to_write: bool = False
 ) -> list[Chunk]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_ext.checkpoint import sharded
 from megatron_ext.config import Config
 from megatron_ext.config.layout import in_layout
+from megatron_ext.model.kernels import plain
 from megatron_ext.model.llama import build_gpt, transformer_config
 from megatron_ext.world import world
 
@@ -88,14 +89,9 @@ def transformers_logits(folder: Path, sequences: Sequence[Tensor]) -> list[Logit
 
 
 def _ours(config: Config, checkpoint: Path, sequences: Sequence[Tensor]) -> list[Logits]:
-    alone = in_layout(config, tensor=1, pipeline=1).model_copy(
-        update={
-            "precision": config.precision.model_copy(
-                update={"dtype": "fp32", "grad_reduce": "fp32"}
-            ),
-            "kernels": config.kernels.model_copy(update={"backend": "torch"}),
-        }
-    )
+    exact = config.precision.model_copy(update={"dtype": "fp32", "grad_reduce": "fp32"})
+    alone = in_layout(config, tensor=1, pipeline=1).model_copy(update={"precision": exact})
+    alone = plain(alone)
     with world(alone) as here:
         model = build_gpt(alone, transformer_config(alone)).eval()
         sharded.load_weights(checkpoint, [model])

@@ -30,7 +30,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.checkpoint import manifest, storage
-from megatron_ext.checkpoint.chunks import Chunk, Model, state_chunks
+from megatron_ext.checkpoint.chunks import Chunk, Model, gather_weights, state_chunks
 from megatron_ext.checkpoint.rng import random_chunks, random_state
 from megatron_ext.config import Config
 from megatron_ext.config.batch_sizes import BatchSizes
@@ -163,6 +163,7 @@ def begin(
     """Copy this rank's part of the state to host memory, into that of the copy before if given, and
     make the folder; every rank calls it. None, after a warning, when the disk has no room for it.
     """
+    gather_weights(model)
     live = state_chunks(model, optimizer, to_write=True)
     rank = dist.get_rank()
     live += random_chunks(random_state(), rank)
@@ -181,6 +182,7 @@ def begin(
     facts = {
         **progress(step, record["config"]),
         "optimizer_steps": optimizer_steps(optimizer),
+        "loss_scale": loss_scale(optimizer),
         "layout": layout(),
         "config_hash": manifest.hash_of(record["config"]),
         "data_hash": manifest.hash_of(record["data"]),
@@ -252,6 +254,15 @@ def _copied(live: Sequence[Chunk], host: Sequence[torch.Tensor]) -> list[Chunk]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return copies
+
+
+def loss_scale(optimizer: MegatronOptimizer | None) -> dict[str, float] | None:
+    """fp16: the loss scale, and the counts that decide when it changes; None otherwise."""
+    parts = [] if optimizer is None else optimizer.chained_optimizers
+    scaler = next((s for part in parts if (s := getattr(part, "grad_scaler", None))), None)
+    if scaler is None:
+        return None
+    return {name: float(value) for name, value in scaler.state_dict().items()}
 
 
 def _make_room(final: Path, size: int) -> Path | None:

@@ -85,6 +85,7 @@ def restore(
             )
     read_chunks(checkpoint, chunks, index)
     _set_optimizer_steps(optimizer, saved["optimizer_steps"])
+    _set_loss_scale(optimizer, saved.get("loss_scale"))
     if random:
         set_random_state(random)
     return saved["step"]
@@ -154,3 +155,11 @@ def _set_optimizer_steps(optimizer: MegatronOptimizer, steps: int) -> None:
         else:  # fused ones count for a whole group
             for group in part.optimizer.param_groups:
                 group["step"] = steps
+
+
+def _set_loss_scale(optimizer: MegatronOptimizer, saved: dict[str, float] | None) -> None:
+    for part in optimizer.chained_optimizers:
+        if saved is not None and getattr(part, "grad_scaler", None):
+            counts = {name: int(count) for name, count in saved.items() if name != "scale"}
+            scale = torch.tensor([saved["scale"]], dtype=torch.float32)
+            part.grad_scaler.load_state_dict({"scale": scale, **counts})

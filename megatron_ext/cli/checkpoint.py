@@ -22,7 +22,7 @@ from megatron_ext.checkpoint import manifest
 from megatron_ext.config import load_config
 from megatron_ext.errors import UserError
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8, "uint8": 1}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "uint8": 1}
 
 
 class Action(str, Enum):

@@ -1,31 +1,49 @@
 """`megatron-ext doctor`: what is installed, which kernels will be used and why, what is missing."""
 
-import importlib
 import json as json_module
 import os
 import platform
 import shutil
 import subprocess
 import warnings
+from dataclasses import asdict
 from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 
 _PACKAGES = ("megatron-ext", "torch", "megatron-core", "numpy", "transformers")
-# Import name, name on the package index, what it gives.
-_KERNELS = (
-    ("transformer_engine", "transformer-engine", "fused norms, linear layers and attention"),
-    ("flash_attn", "flash-attn", "attention inside Transformer Engine"),
-    ("apex", "apex", "fused Adam and multi-tensor operations"),
+# Import name, name on the package index, what it gives. How to install them: docs/install-gpu.md.
+_OPTIONAL = (
+    ("transformer_engine", "transformer-engine", "fused norms, linear layers, attention, fp8"),
+    ("flash_attn", "flash-attn", "attention"),
+    ("apex", "apex", "fused Adam"),
+    (
+        "fused_weight_gradient_mlp_cuda",
+        "apex",
+        "of apex: gradients added up within matrix products",
+    ),
+    ("triton", "triton", "torch.compile on a GPU"),
 )
+_MODEL = {  # only its shape matters, to what auto takes
+    "model": {
+        "num_layers": 32, "hidden_size": 2048, "ffn_hidden_size": 5504, "num_heads": 16,
+        "vocab_size": 32000,
+    },
+    "rope": {"base": 5e5},
+    "training": {
+        "sequence_length": 4096, "global_batch_size": 1, "micro_batch_size": 1, "steps": 1,
+    },
+    "optimizer": {"lr": 1e-4},
+}  # fmt: skip
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Versions, devices, the kernels that a run would use and why, NCCL and Slurm.
 
     Nothing here is required beyond the base install: optional kernels that cannot be imported are
-    named with the reason. Example: megatron-ext doctor --json
+    named with the reason; docs/install-gpu.md says how to get them. The kernels are those that
+    `auto` takes for the 2B model in bf16. Example: megatron-ext doctor --json
     """
     found = examine()
     print(json_module.dumps(found, indent=2) if json else _text(found))
@@ -37,9 +55,12 @@ def examine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from megatron_ext.model.layers import choose_backend
+    from megatron_ext.config import Config
+    from megatron_ext.model.kernels import choose, look
 
     gpus = [_gpu(torch, i) for i in range(torch.cuda.device_count())]
+    found = look()
+    kernels = choose(Config.model_validate(_MODEL), found)
     nccl = torch.distributed.is_nccl_available() and torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -50,8 +71,11 @@ def examine() -> dict[str, Any]:
         "collectives": "nccl" if nccl else "gloo",
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,  # type: ignore[no-untyped-call]
         "precision": "bf16" if gpus else "fp32",
-        "kernels": choose_backend("auto").reason,
-        "optional": {name: _importable(name, package) for name, package, _ in _KERNELS},
+        "kernels": asdict(kernels),
+        "optional": {
+            name: found.problems.get(name) or _version(package) or "importable"
+            for name, package, _ in _OPTIONAL
+        },
         "slurm": _slurm(),
     }
 
@@ -67,13 +91,15 @@ def _text(found: dict[str, Any]) -> str:
         ("packages", packages),
         ("cpu", f"{cpu['cores']} cores, {cpu['memory_gb']} GB"),
         ("device", device),
+        ("cuda", found["cuda"] or "none: this torch was built for CPUs"),
         ("collectives", collectives),
-        ("kernels", found["kernels"]),
     ]
-    for name, _, gives in _KERNELS:
+    for part, choice in found["kernels"].items():
+        lines.append((f"kernels.{part}", f"{choice['name']} ({choice['reason']})"))
+    for name, _, gives in _OPTIONAL:
         lines.append((name, f"{found['optional'][name]} [{gives}]"))
     lines.append(("slurm", found["slurm"] or "not here; local runs only"))
-    return "\n".join(f"{name:<20}{value}" for name, value in lines)
+    return "\n".join(f"{name:<32}{value}" for name, value in lines)
 
 
 def _gpu(torch: Any, index: int) -> dict[str, Any]:
@@ -94,19 +120,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _importable(name: str, package: str) -> str:
-    """Its version, or why it cannot be used: being installed is not enough."""
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            return "not installed"
-        return f"installed but not importable: {error}"
-    except Exception as error:  # a wheel built against another torch raises anything
-        return f"installed but not importable: {' '.join(str(error).split())[:200]}"
-    return _version(package) or "importable"
 
 
 def _slurm() -> str | None:

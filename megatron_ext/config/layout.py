@@ -21,8 +21,15 @@ def in_layout(config: Config, tensor: int, pipeline: int) -> Config:
         "context": 1,
         # Saves memory only in training, and wants lengths that the ranks divide.
         "sequence": False,
+        "tensor_overlap": False,
     }
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=layout)})
+    config = config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=layout),
+            # Weights are bf16 with fp8 too, and texts are of any length.
+            "precision": config.precision.model_copy(update={"fp8": "none"}),
+        }
+    )
     check_tensor(config)
     check_pipeline(config)
     return config

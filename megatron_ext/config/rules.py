@@ -30,18 +30,23 @@ def validate(config: Config, world_size: int | None = None) -> list[str]:
     check_layout(config, config.parallel.world_size if world_size is None else world_size)
     check_schedule(config)
     check_precision(config)
+    check_overlap(config)
     check_intervals(config)
     check_kernels(config)
     return check_bound(config)
 
 
 def check_kernels(config: Config) -> None:
-    """Masks between documents are PyTorch's alone."""
-    if config.data.mask_documents and config.kernels.backend == "transformer_engine":
-        raise ConfigError(
-            "data.mask_documents=true needs a mask that kernels.backend=transformer_engine does "
-            "not take: use kernels.backend=torch or auto"
-        )
+    """Masks between documents are for PyTorch's SDPA alone."""
+    if not config.data.mask_documents:
+        return
+    for part, others in (("backend", "torch"), ("attention", "sdpa")):
+        wanted = getattr(config.kernels, part)
+        if wanted not in ("auto", others):
+            raise ConfigError(
+                f"data.mask_documents=true needs a mask that kernels.{part}={wanted} does not "
+                f"take: use kernels.{part}={others} or auto"
+            )
 
 
 def check_heads(config: Config) -> None:
@@ -165,6 +170,22 @@ def check_context(config: Config) -> None:
         )
 
 
+def check_overlap(config: Config) -> None:
+    """What is to overlap is there."""
+    parallel = config.parallel
+    needs = [
+        ("overlap_param_gather", "distributed_optimizer", parallel.distributed_optimizer),
+        ("overlap_param_gather", "overlap_grad_reduce", parallel.overlap_grad_reduce),
+        ("tensor_overlap", "sequence", parallel.sequence),
+    ]
+    for name, needed, there in needs:
+        if getattr(parallel, name) and not there:
+            raise ConfigError(
+                f"parallel.{name}=true needs parallel.{needed}=true: set it, or leave "
+                f"parallel.{name} out"
+            )
+
+
 def check_layout(config: Config, world_size: int) -> None:
     """Ranks and batch divide: world = tensor x pipeline x context x data, batch = micro-batch x
     data x n, with virtual stages n = pipeline x m."""
@@ -233,12 +254,36 @@ def check_schedule(config: Config) -> None:
 
 
 def check_precision(config: Config) -> None:
-    """Gradients are reduced in a format that they have."""
-    if config.precision.grad_reduce == "bf16" and config.precision.dtype != "bf16":
+    """Gradients are reduced in a format that they have, and 8 bits come in wholes."""
+    precision, model, parallel = config.precision, config.model, config.parallel
+    if precision.grad_reduce == "bf16" and precision.dtype != "bf16":
         raise ConfigError(
-            f"precision.grad_reduce=bf16 needs precision.dtype=bf16, not {config.precision.dtype}: "
+            f"precision.grad_reduce=bf16 needs precision.dtype=bf16, not {precision.dtype}: "
             "set precision.grad_reduce=fp32"
         )
+    if precision.fp8 == "none":
+        return
+    if precision.dtype != "bf16":
+        raise ConfigError(
+            f"precision.fp8={precision.fp8} needs precision.dtype=bf16, not {precision.dtype}: set "
+            "precision.dtype=bf16, or precision.fp8=none"
+        )
+    # Transformer Engine's 8-bit products; scales of 32 numbers want whole groups of them.
+    multiple = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}[precision.fp8]
+    tokens = config.training.micro_batch_size * config.training.sequence_length
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size over the tensor-parallel ranks": model.ffn_hidden_size
+        // parallel.tensor,
+        "the heads of a rank": model.num_heads * model.head_dim // parallel.tensor,
+        "the tokens of a rank's micro-batch": tokens // parallel.context,
+    }
+    for name, size in sizes.items():
+        if size % multiple:
+            raise ConfigError(
+                f"precision.fp8={precision.fp8} takes matrices in multiples of {multiple}, but "
+                f"{name} is {size}: choose {_next_multiple(size, multiple)}, or precision.fp8=none"
+            )
 
 
 def check_intervals(config: Config) -> None:

@@ -288,6 +288,20 @@ class Parallel(Section):
     ranks (Korthikanti et al. 2022)."""
     distributed_optimizer: bool = setting(False)
     """Split the optimizer's state over the data- and context-parallel ranks."""
+    overlap_grad_reduce: bool | None = setting(None, unset="true on GPUs, false on a CPU")
+    """Reduce the gradients of one bucket of weights while the backward pass computes the next."""
+    overlap_param_gather: bool | None = setting(
+        None, unset="overlap_grad_reduce with distributed_optimizer, else false"
+    )
+    """Gather the weights that other ranks updated during the next forward pass, bucket by bucket,
+    not before it; needs distributed_optimizer and overlap_grad_reduce."""
+    bucket_size: int | None = setting(
+        None, gt=0, unit="parameters", unset="40 million, or 1 million a data-parallel rank if more"
+    )
+    """Weights of one bucket. Smaller ones begin earlier, larger ones use the network better."""
+    tensor_overlap: bool = setting(False)
+    """Overlap the communication of tensor parallelism with the matrix products; needs
+    parallel.sequence and Transformer Engine."""
 
     @property
     def model_ranks(self) -> int:
@@ -308,18 +322,44 @@ class Parallel(Section):
 class Precision(Section):
     """Number formats. RoPE's angles are float64 and its tables float32 in every one."""
 
-    dtype: Literal["fp32", "bf16"] = setting("bf16")
-    """Weights and activations; bf16 keeps float32 master weights in the optimizer."""
+    dtype: Literal["fp32", "bf16", "fp16"] = setting("bf16")
+    """Weights and activations; bf16 and fp16 keep float32 master weights in the optimizer. fp16
+    scales the loss, lest gradients vanish."""
     grad_reduce: Literal["fp32", "bf16"] = setting("fp32")
     """Accumulation and reduction of gradients; bf16 needs precision.dtype=bf16."""
+    loss_scale: float = setting(4096.0, ge=1)
+    """fp16: factor of the loss at the start. From the second overflow of a gradient on each halves
+    it, down to 1. Losses are summed over tokens here, not averaged, so it is smaller than
+    elsewhere."""
+    loss_scale_window: int = setting(1000, gt=0, unit="steps")
+    """fp16: so many steps in a row without an overflow double the factor."""
+    fp8: Literal["none", "tensorwise", "blockwise", "mxfp8"] = setting("none")
+    """Matrix products of the layers in 8 bits, by the scaling named: one factor a tensor (Hopper
+    and later), a block of 128 (Hopper), or 32 numbers (Blackwell). Needs Transformer Engine and
+    precision.dtype=bf16; weights and checkpoints stay bf16."""
 
 
 class Kernels(Section):
-    """Which implementation of norm, attention and linear layers."""
+    """Which implementation computes what. `auto` takes the fastest that works on this machine with
+    what can be imported; the log and `megatron-ext doctor` say which and why. A choice of one's own
+    that cannot be had is refused. How to install them: docs/install-gpu.md."""
 
     backend: Literal["auto", "transformer_engine", "torch"] = setting("auto")
-    """Transformer Engine, or PyTorch's own (SDPA attention); auto takes Transformer Engine on a GPU
-    when it is installed. The log says which and why."""
+    """Norms and linear layers: Transformer Engine's, or Megatron-Core's with PyTorch's norm."""
+    attention: Literal["auto", "transformer_engine", "flash_attn", "cudnn", "flash", "sdpa"] = (
+        setting("auto")
+    )
+    """Attention core: Transformer Engine's; the package flash-attn's; PyTorch's SDPA with cuDNN's
+    or the flash kernel and no other; or SDPA as it chooses itself, on Hopper and later cuDNN's
+    first. auto takes Transformer Engine's where the backend is that, else sdpa."""
+    optimizer: Literal["auto", "transformer_engine", "apex", "torch"] = setting("auto")
+    """Fused AdamW of Transformer Engine, apex or PyTorch."""
+    fusions: Literal["auto", "compiled", "none"] = setting("auto")
+    """Rotation, SwiGLU, residual addition and the chunks of the cross-entropy as one kernel each,
+    made by torch.compile on a GPU (Transformer Engine's rotation where it can)."""
+    grad_accumulation: Literal["auto", "apex", "none"] = setting("auto")
+    """Add a weight's gradient to the sum of the micro-batches within its matrix product, by apex's
+    extension."""
     cross_entropy: Literal["auto", "chunked", "whole"] = setting("auto")
     """chunked makes the logits of 1,024 tokens at a time, twice: 4% more FLOPs for the 2B model,
     but never a micro-batch's logits in memory, 6 bytes each. auto does so from 2^30 logits on."""

@@ -25,6 +25,7 @@ class ChunkedLossModel(RotaryGPTModel):
     """RotaryGPTModel that, given labels, makes the logits of `loss_chunk` tokens at a time."""
 
     loss_chunk = 1024
+    compiled = False
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         labels = kwargs.get("labels")
@@ -32,6 +33,10 @@ class ChunkedLossModel(RotaryGPTModel):
             return super()._postprocess(hidden_states, *args, **kwargs)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        # What waits for the weight to arrive (parallel.overlap_param_gather) hangs on the layer's
+        # call, which this takes the place of.
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, (hidden_states,))
         return chunked_cross_entropy(
             hidden_states,
             weight,
@@ -39,6 +44,7 @@ class ChunkedLossModel(RotaryGPTModel):
             self.pg_collection.tp,
             self.config.sequence_parallel,
             self.loss_chunk,
+            self.compiled,
         )
 
 
@@ -49,12 +55,14 @@ def chunked_cross_entropy(
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     chunk_tokens: int = 1024,
+    compiled: bool = False,
 ) -> Tensor:
     """Losses [batch, sequence] float32 of the labels [batch, sequence] int64.
 
     hidden [sequence, batch, hidden_size] in the model's dtype, with sequence_parallel this rank's
     [sequence / tensor, ...]; weight [vocab_size / tensor, hidden_size], rank r of `group` holding
-    the r-th part. Gradients of hidden and weight are summed in float32 over the chunks.
+    the r-th part. Gradients of hidden and weight are summed in float32 over the chunks. compiled:
+    what follows the products in one kernel instead of six passes over the logits.
     """
     if group is not None and dist.get_world_size(group) == 1:
         group = None
@@ -66,7 +74,12 @@ def chunked_cross_entropy(
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
     sequence, batch, hidden_size = hidden.shape
     losses = _ChunkedCrossEntropy.apply(
-        hidden.reshape(-1, hidden_size), weight, labels.t().reshape(-1), group, chunk_tokens
+        hidden.reshape(-1, hidden_size),
+        weight,
+        labels.t().reshape(-1),
+        group,
+        chunk_tokens,
+        compiled,
     )
     return losses.view(sequence, batch).t().contiguous()
 
@@ -82,10 +95,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         group: dist.ProcessGroup | None,
         chunk_tokens: int,
+        compiled: bool,
     ) -> Tensor:
         if group is not None:  # ids within this rank's part of the vocabulary
             labels = labels - dist.get_rank(group) * len(weight)
-        reduce = _on_this_device(_reduce, hidden)
+        reduce = _compiled(_reduce) if compiled else _reduce
         chunks = [
             reduce(h, weight, y)
             for h, y in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
@@ -98,13 +112,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dist.all_reduce(sums, group=group)
             log_sum, label_logit = highest + sums[0].log(), sums[1]
         ctx.save_for_backward(hidden, weight, labels, log_sum)
-        ctx.chunk_tokens = chunk_tokens
+        ctx.chunk_tokens, ctx.compiled = chunk_tokens, compiled
         return log_sum - label_logit
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, labels, log_sum = ctx.saved_tensors
-        differentiate = _on_this_device(_differentiate, hidden)
+        differentiate = _compiled(_differentiate) if ctx.compiled else _differentiate
         hidden_gradient = torch.empty_like(hidden)
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         rows = [x.split(ctx.chunk_tokens) for x in (hidden, labels, log_sum, loss_gradient)]
@@ -114,7 +128,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.mm(logit_gradient, weight, out=hidden_gradient[start : start + len(h)])
             weight_gradient += logit_gradient.t() @ h
             start += len(h)
-        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None
+        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None
 
 
 def _reduce(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,11 +149,6 @@ def _differentiate(
     mine = (labels >= 0) & (labels < len(weight))
     gradient.scatter_add_(1, torch.where(mine, labels, 0).unsqueeze(1), -mine.float().unsqueeze(1))
     return gradient.mul_(loss_gradient.unsqueeze(1)).to(hidden.dtype)
-
-
-def _on_this_device(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """On a GPU one kernel instead of six passes over the logits; a CPU may lack a compiler."""
-    return _compiled(function) if x.is_cuda else function
 
 
 @functools.cache

@@ -1,15 +1,13 @@
-"""Norm and attention core, and the choice between ours and Transformer Engine's.
+"""Norm and attention core, ours and the packages', as a layer spec.
 
-    backend = choose_backend(config.kernels.backend)
-    log(backend.reason)
-    spec = block_spec(backend, transformer_config, self_attention)
+    kernels = choose(config, look())                        # kernels.py
+    spec = block_spec(kernels, transformer_config, self_attention)
 
-Ours need nothing but PyTorch and run on a CPU and on a GPU; Transformer Engine's need its package
-and a GPU. Refuses (UserError) Transformer Engine when it was asked for and cannot be had.
+Ours need nothing but PyTorch and run on a CPU and on a GPU; Transformer Engine's and flash-attn
+need their package and a GPU.
 """
 
-import importlib.util
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,36 +30,23 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_ext.errors import UserError
+from megatron_ext.config import Config
 from megatron_ext.model.context import attend
+from megatron_ext.model.kernels import Kernels
 
-
-@dataclass(frozen=True)
-class Backend:
-    """The implementation in use and, for the log, why."""
-
-    name: str  # "transformer_engine" or "torch"
-    reason: str
-
-
-def choose_backend(wanted: str, mask_documents: bool = False) -> Backend:
-    """Settle `kernels.backend`. Raises UserError when the wanted one is not to be had."""
-    if mask_documents:
-        return Backend("torch", "PyTorch kernels: data.mask_documents=true")
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    gpu = torch.cuda.is_available()
-    if wanted == "torch":
-        return Backend("torch", "PyTorch kernels: kernels.backend=torch")
-    if installed and gpu:
-        return Backend("transformer_engine", "Transformer Engine: installed, and a GPU is there")
-    missing = "no GPU" if not gpu else "transformer-engine is not installed"
-    if wanted == "transformer_engine":
-        raise UserError(
-            f"kernels.backend=transformer_engine cannot be had ({missing}): "
-            + ("use kernels.backend=torch" if not gpu else "pip install 'megatron-ext[gpu]'")
-        )
-    return Backend("torch", f"PyTorch kernels (SDPA attention): {missing}")
+# Of SDPA's kernels, for each choice; in order, the first that takes the tensors.
+_SDPA = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "hopper": [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ],
+}
 
 
 class RMSNorm(torch.nn.Module):
@@ -111,7 +96,8 @@ class _RMSNormOnCpu(torch.autograd.Function):
 
 
 class SdpaAttention(MegatronModule):
-    """Causal or masked attention of one tensor-parallel rank's heads through PyTorch's SDPA.
+    """Causal or masked attention of one tensor-parallel rank's heads through PyTorch's SDPA, or
+    (`kernel` "flash_attn") the package flash-attn.
 
     Queries [sequence, batch, heads, head_dim], keys and values [sequence, batch, kv_heads,
     head_dim]; output [sequence, batch, heads * head_dim], all in the model's dtype. A mask is bool
@@ -127,9 +113,11 @@ class SdpaAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        kernel: str = "sdpa",
         **_: Any,
     ) -> None:
         super().__init__(config=config)
+        self.kernel = kernel
         if attn_mask_type != AttnMaskType.causal:
             raise ValueError(f"SdpaAttention is causal, not {attn_mask_type}")
         self.softmax_scale = softmax_scale
@@ -152,22 +140,42 @@ class SdpaAttention(MegatronModule):
                 query, key, value, attention_mask, self.context_group, self.softmax_scale
             )
             return output.permute(2, 0, 1, 3).flatten(2).contiguous()
+        if self.kernel == "flash_attn":
+            return self._flash_attn(query, key, value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        output = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            # Megatron-Core's mask says what is hidden, SDPA's what is seen; none means causal.
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        with self._backends(query):
+            output = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                # Megatron-Core's mask says what is hidden, SDPA's what is seen; none means causal.
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                is_causal=attention_mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         return output.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def _backends(self, query: torch.Tensor) -> AbstractContextManager:
+        if not query.is_cuda:
+            return nullcontext()
+        name = self.kernel
+        if name == "sdpa" and torch.cuda.get_device_capability(query.device) >= (9, 0):
+            name = "hopper"
+        return sdpa_kernel(_SDPA[name], set_priority=True) if name in _SDPA else nullcontext()
+
+    def _flash_attn(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        from flash_attn import flash_attn_func
+
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        output = flash_attn_func(query, key, value, softmax_scale=self.softmax_scale, causal=True)
+        return output.transpose(0, 1).flatten(2).contiguous()
 
 
 def block_spec(
-    backend: Backend,
+    kernels: Kernels,
     config: TransformerConfig,
     self_attention: type,
     vp_stage: int | None = None,
@@ -177,9 +185,12 @@ def block_spec(
 
     Checkpoint keys are those of Transformer Engine's fused layers in both cases.
     """
-    if backend.name == "transformer_engine":
+    own = ModuleSpec(module=SdpaAttention, params={"kernel": kernels.attention.name})
+    if kernels.backend.name == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec()
         spec.submodules.self_attention.module = self_attention
+        if kernels.attention.name != "transformer_engine":
+            spec.submodules.self_attention.submodules.core_attention = own
         return spec
     layer = ModuleSpec(
         module=TransformerLayer,
@@ -190,7 +201,7 @@ def block_spec(
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=SdpaAttention,
+                    core_attention=own,
                     linear_proj=RowParallelLinear,
                 ),
             ),
@@ -212,3 +223,18 @@ def block_spec(
     # The last norm is named here: left to itself, Megatron-Core takes apex's or torch's.
     layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def begin_tensor_overlap(config: Config) -> None:
+    """Transformer Engine's buffers for parallel.tensor_overlap, of a whole micro-batch on a
+    context-parallel rank; once, before the layers are built."""
+    from transformer_engine.pytorch.module.base import initialize_ub
+
+    parallel, training = config.parallel, config.training
+    tokens = training.sequence_length // parallel.context * training.micro_batch_size
+    initialize_ub(
+        shape=[tokens, config.model.hidden_size],
+        tp_size=parallel.tensor,
+        use_fp8=config.precision.fp8 != "none",
+        bootstrap_backend="nccl",
+    )

@@ -23,8 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ext.config import Config
 from megatron_ext.model.cross_entropy import ChunkedLossModel
 from megatron_ext.model.initialization import initialize_weights
-from megatron_ext.model.kernels import loss_chunk
-from megatron_ext.model.layers import block_spec, choose_backend
+from megatron_ext.model.kernels import choose, look, loss_chunk
+from megatron_ext.model.layers import begin_tensor_overlap, block_spec
 from megatron_ext.rope.attention import RotaryGPTModel, RotarySelfAttention, install_rotary
 from megatron_ext.rope.embedding import RotaryEmbedding
 
@@ -34,11 +34,14 @@ log = logging.getLogger(__name__)
 def build_model(config: Config) -> list[DistributedDataParallel]:
     """This rank's stage and shard with its initial weights, inside Megatron-Core's gradient
     reduction (DistributedDataParallel)."""
+    log.info("kernels: %s", choose(config, look()))
+    if config.parallel.tensor_overlap:
+        begin_tensor_overlap(config)
     transformer = transformer_config(config)
     chunks = build_chunks(config, transformer)
     for chunk in chunks:
         initialize_weights(chunk, config)
-    return [reduce_gradients(config, transformer, chunk) for chunk in chunks]
+    return reduced(config, transformer, chunks)
 
 
 def build_chunks(config: Config, transformer: TransformerConfig) -> list[GPTModel]:
@@ -49,20 +52,36 @@ def build_chunks(config: Config, transformer: TransformerConfig) -> list[GPTMode
     return [build_gpt(config, transformer, vp_stage) for vp_stage in range(count)]
 
 
-def reduce_gradients(
-    config: Config, transformer: TransformerConfig, model: GPTModel
-) -> DistributedDataParallel:
-    """The model inside Megatron-Core's gradient buffers and their reduction."""
-    return DistributedDataParallel(
-        transformer,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=config.precision.grad_reduce == "fp32",
-            use_distributed_optimizer=config.parallel.distributed_optimizer,
-            # Non-finite gradients are found by their norm, without another pass over them.
-            check_for_nan_in_grad=False,
-        ),
-        model,
+def reduced(
+    config: Config, transformer: TransformerConfig, chunks: list[GPTModel]
+) -> list[DistributedDataParallel]:
+    """The chunks inside Megatron-Core's gradient buffers and their reduction."""
+    parallel = config.parallel
+    overlap = parallel.overlap_grad_reduce
+    if overlap is None:
+        overlap = torch.cuda.is_available()
+    gather = parallel.overlap_param_gather
+    if gather is None:
+        gather = overlap and parallel.distributed_optimizer
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.precision.grad_reduce == "fp32",
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=gather,
+        bucket_size=parallel.bucket_size,
+        # Non-finite gradients are found by their norm, without another pass over them.
+        check_for_nan_in_grad=False,
     )
+    model = [
+        # Later chunks are done with while others still compute: nothing to win by small buckets.
+        DistributedDataParallel(transformer, settings, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    if overlap:
+        # Only with the last micro-batch are gradients whole.
+        holds = [part.no_sync for part in model]
+        transformer.no_sync_func = holds if len(holds) > 1 else holds[0]  # type: ignore[assignment]
+    return model
 
 
 def build_gpt(
@@ -74,17 +93,12 @@ def build_gpt(
     ..; output losses of that shape in float32 when labels are given, else this rank's logits
     [batch, sequence / context, vocab_size / tensor].
     """
-    backend = choose_backend(config.kernels.backend, config.data.mask_documents)
-    chunk = loss_chunk(config)
-    log.info(
-        "kernels: %s; cross-entropy %s",
-        backend.reason,
-        f"in chunks of {chunk:,} tokens" if chunk else "of whole micro-batches",
-    )
-    model_class = ChunkedLossModel if chunk else RotaryGPTModel
+    kernels = choose(config, look())
+    compiled = kernels.fusions.name == "compiled"
+    model_class = ChunkedLossModel if loss_chunk(config) else RotaryGPTModel
     model = model_class(
         transformer,
-        block_spec(backend, transformer, RotarySelfAttention, vp_stage),
+        block_spec(kernels, transformer, RotarySelfAttention, vp_stage),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.training.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -100,7 +114,9 @@ def build_gpt(
         rotary_fraction=config.rope.rotary_fraction,
         cp_group=parallel_state.get_context_parallel_group(),
     )
-    install_rotary(model, rotary)
+    install_rotary(model, rotary, fused=compiled)
+    if isinstance(model, ChunkedLossModel):
+        model.compiled = compiled
     return model.to(device=torch.cuda.current_device(), dtype=transformer.params_dtype)
 
 
@@ -108,8 +124,11 @@ def transformer_config(config: Config) -> TransformerConfig:
     """Megatron-Core's own description of model, layout and precision."""
     model, parallel = config.model, config.parallel
     gpu = torch.cuda.is_available()
-    bf16 = config.precision.dtype == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    kernels = choose(config, look())
+    # Fusions that compile on first use need a compiler, which a CPU machine may lack.
+    compiled = kernels.fusions.name == "compiled"
+    precision = config.precision
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.dtype]
     last_stage_layers = parallel.last_stage_layers
     if parallel.pipeline == 2 and parallel.first_stage_layers is not None:
         # It follows; said as well, Megatron-Core 0.16.1 divides by the number of stages between
@@ -147,11 +166,13 @@ def transformer_config(config: Config) -> TransformerConfig:
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=bf16,
-        # Fusions that compile on first use need a compiler, which a CPU machine may lack.
-        bias_activation_fusion=gpu,
-        bias_dropout_fusion=gpu,
-        gradient_accumulation_fusion=False,
+        bf16=precision.dtype == "bf16",
+        fp16=precision.dtype == "fp16",
+        **({} if precision.fp8 == "none" else {"fp8": "hybrid", "fp8_recipe": precision.fp8}),
+        bias_activation_fusion=compiled,
+        bias_dropout_fusion=compiled,
+        gradient_accumulation_fusion=kernels.grad_accumulation.name == "apex",
+        tp_comm_overlap=parallel.tensor_overlap,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,

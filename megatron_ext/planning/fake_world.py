@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_ext import cpu
 from megatron_ext.config import Config
-from megatron_ext.model.llama import build_chunks, reduce_gradients, transformer_config
+from megatron_ext.model.llama import build_chunks, reduced, transformer_config
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.world import build_groups
 
@@ -56,7 +56,7 @@ def build(config: Config, world_size: int, rank: int) -> Rank:
         tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
         transformer = transformer_config(config)
         chunks = build_chunks(config, transformer)
-        model = [reduce_gradients(config, transformer, chunk) for chunk in chunks]
+        model = reduced(config, transformer, chunks)
         optimizer = build_optimizer(model, config)
         weights = [weight for chunk in chunks for weight in chunk.parameters()]
         buffers = [b for part in model for b in (*part.buffers, *part.expert_parallel_buffers)]

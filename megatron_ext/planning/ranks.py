@@ -24,6 +24,7 @@ import numpy as np
 
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.model.kernels import plain
 from megatron_ext.planning.layout import workload
 from megatron_ext.planning.parameters import count_parameters
 from megatron_ext.planning.plan import Plan, flops_per_token, make_plan, plan_of
@@ -130,9 +131,8 @@ def build_ranks(config: Config, world_size: int) -> list[dict[str, Any]]:
     Raises NotHere when torch or Megatron-Core cannot be imported, RuntimeError when the child dies.
     """
     # A GPU of this machine is none of the layout's, and Transformer Engine needs one.
-    kernels = config.kernels.model_copy(update={"backend": "torch"})
     request = {
-        "config": config.model_copy(update={"kernels": kernels}).model_dump(mode="json"),
+        "config": plain(config).model_dump(mode="json"),
         "world_size": world_size,
         "ranks": distinct_ranks(config, world_size),
     }

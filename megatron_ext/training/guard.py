@@ -54,6 +54,8 @@ class LossGuard:
 
     def judge(self, result: StepResult) -> str:
         """What was wrong with a step, in words; "" for nothing."""
+        if result.overflowed:  # fp16 looking for its loss scale: neither a fault nor a sound step
+            return ""
         fault = ""
         if not (math.isfinite(result.grad_norm) and math.isfinite(result.loss)):
             fault = f"non-finite {'gradient' if math.isfinite(result.loss) else 'loss'}"

@@ -74,6 +74,7 @@ class Journal:
                 "data_wait_s": data_wait,
                 "checkpoint_stall_s": stalled - self.stalled,  # since the record before
                 "skipped": result.skipped,
+                **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             }
         )
         self.stalled, self.seconds = stalled, []

@@ -38,6 +38,13 @@ class StepResult:
     lr: float
     skipped: bool  # the weights were left as they were
     stop: bool  # some rank was asked to stop
+    loss_scale: float | None = None  # fp16: by which the gradients were scaled
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether only the loss scale was too high, which the optimizer has noted and can lower."""
+        finite = math.isfinite(self.loss) and not math.isfinite(self.grad_norm)
+        return finite and self.loss_scale is not None and self.loss_scale > 1
 
 
 def train_step(
@@ -61,7 +68,8 @@ def train_step(
     optimizer.zero_grad()
     losses = forward_backward(batches, model, config, config.training.batch_sizes.of(step))
 
-    optimizer.prepare_grads()
+    scale = optimizer.get_loss_scale().item() if config.precision.dtype == "fp16" else None
+    optimizer.prepare_grads()  # which lowers the loss scale when it finds an overflow
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad or math.inf)
     loss_sum, tokens, stop = _sum_over_ranks(losses, stop_requested())
     loss, lr = loss_sum / tokens, learning_rate(step, config)
@@ -71,7 +79,7 @@ def train_step(
             group["lr"] = lr
         optimizer.step_with_ready_grads()
 
-    return StepResult(loss, grad_norm, lr, skipped, stop=stop > 0)
+    return StepResult(loss, grad_norm, lr, skipped, stop=stop > 0, loss_scale=scale)
 
 
 def evaluate_loss(

@@ -57,7 +57,8 @@ def peak_of(here: World, config: Config) -> Peak:
     if config.logging.peak_tflops is not None:
         return Peak(config.logging.peak_tflops, "logging.peak_tflops")
     if here.device.type == "cpu":
-        dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = dtypes[config.precision.dtype]
         rate = measured_matmul_tflops(dtype)
         name = str(dtype).removeprefix("torch.")
         return Peak(rate, f"{name} matmul of this CPU, measured, {here.size} ranks at once")

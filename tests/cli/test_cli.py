@@ -1,5 +1,6 @@
 """`megatron-ext` as a person calls it: help, exit codes, and what it does not import."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -83,16 +84,61 @@ def test_doctor_says_what_is_here() -> None:
     assert found["packages"]["torch"] == metadata.version("torch")
     assert found["packages"]["megatron-core"] == metadata.version("megatron-core")
     assert found["cpu"]["cores"] == os.cpu_count()
-    assert set(found["optional"]) == {"transformer_engine", "flash_attn", "apex"}
+    assert set(found["optional"]) == {
+        "transformer_engine", "flash_attn", "apex", "fused_weight_gradient_mlp_cuda", "triton",
+    }  # fmt: skip
     import torch
 
     assert len(found["gpus"]) == torch.cuda.device_count()
     assert found["collectives"] == ("nccl" if found["gpus"] else "gloo")
 
 
+def fake(folder: Path, *modules: str) -> str:
+    """PYTHONPATH of packages that can be imported and do nothing."""
+    for module in modules:
+        place = folder.joinpath(*module.split("."))
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "__init__.py").touch()
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "lacks"),
+    [
+        ("transformer_engine", ["transformer_engine.pytorch"], "transformer_engine.pytorch"),
+        ("flash_attn", ["flash_attn"], None),
+        ("apex", ["apex.optimizers", "amp_C"], "amp_C"),  # built without its CUDA part
+        ("fused_weight_gradient_mlp_cuda", ["fused_weight_gradient_mlp_cuda"], None),
+        ("triton", ["triton"], None),
+    ],
+)
+def test_each_optional_package_is_seen_there_away_and_broken(
+    name: str, modules: list[str], lacks: str | None, tmp_path: Path, monkeypatch
+) -> None:
+    from megatron_ext.model.kernels import problem_of
+
+    def problem_with(folder: str) -> str:
+        for loaded in [m for m in sys.modules if m.split(".")[0] in (name, "amp_C")]:
+            monkeypatch.delitem(sys.modules, loaded)
+        monkeypatch.setattr(sys, "path", [folder, *before])
+        importlib.invalidate_caches()
+        return problem_of(name)
+
+    before = list(sys.path)
+    if not problem_of(name):
+        pytest.skip(f"{name} is installed here")
+    assert problem_with(str(tmp_path)) == "not installed"
+    assert problem_with(fake(tmp_path / "whole", *modules)) == ""
+    if lacks:
+        rest = [modules[0].split(".")[0], *(module for module in modules if module != lacks)]
+        found = problem_with(fake(tmp_path / "part", *rest))
+        assert found == f"installed but not importable: No module named '{lacks}'"
+
+
 def test_doctor_tells_installed_from_importable_and_asks_slurm(tmp_path: Path) -> None:
     (tmp_path / "apex.py").write_text("import fused_layer_norm_cuda\n")
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined\\nsymbol')\n")
+    (tmp_path / "triton.py").write_text("")
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho slurm 22.05.8\n")
     (tmp_path / "sbatch").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
@@ -101,4 +147,6 @@ def test_doctor_tells_installed_from_importable_and_asks_slurm(tmp_path: Path) -
     assert "installed but not importable: No module named" in lines["apex"]
     assert "installed but not importable: undefined symbol" in lines["flash_attn"]
     assert "slurm 22.05.8" in lines["slurm"]
-    assert "PyTorch kernels" in lines["kernels"] or "Transformer Engine" in lines["kernels"]
+    assert "not installed" in lines["transformer_engine"]
+    assert "importable [torch.compile" in lines["triton"]
+    assert lines["kernels.attention"].split()[1] in ("sdpa", "transformer_engine")

@@ -2,8 +2,8 @@
 
     pytest tests/distributed -s                    # prints the table of docs/correctness.md
 
-Compared after 10 steps: losses, gradient norms, every parameter as the checkpoints hold it, the
-tokens that each rank's model chunks were given, and the tasks measured in training.
+Compared after 10 steps: losses, gradient norms, every parameter as the checkpoints of steps 5 and
+10 hold it, the tokens that each rank's model chunks were given, and the tasks measured in training.
 """
 
 import json
@@ -34,6 +34,10 @@ TP2, TP4, SP = "parallel.tensor=2", "parallel.tensor=4", "parallel.sequence=true
 PP2, PP4, VPP2 = "parallel.pipeline=2", "parallel.pipeline=4", "parallel.virtual_pipeline=2"
 CP2, CP4 = "parallel.context=2", "parallel.context=4"
 DISTRIBUTED = "parallel.distributed_optimizer=true"
+# Small buckets: the output projection, among others, has one of its own.
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.bucket_size=10_000"]
+GATHER = "parallel.overlap_param_gather=true"
+CHUNKED = "kernels.cross_entropy=chunked"
 UNEVEN = ["parallel.first_stage_layers=5", "parallel.last_stage_layers=3"]
 MB2 = "training.micro_batch_size=2"
 RAMPED = "training.rampup_batch_size=[2,2,20]"
@@ -42,7 +46,8 @@ RAMPED = "training.rampup_batch_size=[2,2,20]"
 # the tests of resuming and of resharding run.
 LAYOUTS = [
     pytest.param("TP2 SP CP2, documents masked", 4, [MASKED, TP2, SP, CP2]),
-    pytest.param("PP2 VPP2 DP2, distributed optimizer", 4, [PP2, VPP2, DISTRIBUTED]),
+    pytest.param("PP2 VPP2 DP2, distributed optimizer, overlapped", 4,
+                 [PP2, VPP2, DISTRIBUTED, *OVERLAP, GATHER, CHUNKED]),
     *(
         pytest.param(*row, marks=slow)
         for row in [
@@ -60,6 +65,15 @@ LAYOUTS = [
                                         "parallel.last_stage_layers=6"]),
             ("DP2", 2, []),
             ("DP4, distributed optimizer", 4, [DISTRIBUTED]),
+            ("PP2 VPP2 DP2, distributed optimizer", 4, [PP2, VPP2, DISTRIBUTED]),
+            ("DP2, reduction overlapped", 2, OVERLAP),
+            ("DP2, distributed optimizer, reduction overlapped", 2,
+             [DISTRIBUTED, *OVERLAP, "parallel.overlap_param_gather=false"]),
+            ("DP2, distributed optimizer, both overlapped", 2, [DISTRIBUTED, *OVERLAP, GATHER]),
+            ("TP2 SP DP2, distributed optimizer, both overlapped, logits in chunks", 4,
+             [TP2, SP, DISTRIBUTED, *OVERLAP, GATHER, CHUNKED]),
+            ("DP2 tied, distributed optimizer, both overlapped, logits in chunks", 2,
+             [TIED, DISTRIBUTED, *OVERLAP, GATHER, CHUNKED]),
             ("DP2, micro-batch 2", 2, [MB2]),
             ("DP2, batch growing from 2", 2, [RAMPED]),
             ("PP2 CP2, batch growing from 2", 4, [PP2, CP2, RAMPED]),
@@ -95,7 +109,7 @@ class Run:
     """What is compared."""
 
     records: list[dict]
-    parameters: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor]  # "STEP KEY"
     samples: torch.Tensor  # [steps x batch, sequence], in the order of training
     predictions: list[str]  # of the retrieval task, measured in training
 
@@ -132,6 +146,7 @@ precision: {{dtype: fp32}}
 evaluation:
   {{batches: 2, tasks: [perplexity, passkey], lengths: [70, 400], depths: 2, samples: 1,
     max_tokens: 1200}}
+checkpoint: {{interval: {STEPS // 2}}}
 logging: {{interval: 1}}
 """
     )
@@ -147,7 +162,11 @@ logging: {{interval: 1}}
         micro_batch = 2 if MB2 in settings else 1
         made = Run(
             metrics(run_dir),
-            parameters_of(run_dir / f"checkpoints/step_{STEPS:08d}"),
+            {
+                f"{step} {key}": weight
+                for step in (STEPS // 2, STEPS)  # in the middle of the run, and validated
+                for key, weight in parameters_of(run_dir / f"checkpoints/step_{step:08d}").items()
+            },
             samples_of(run_dir / "tokens", micro_batch),
             predictions_of(run_dir / f"evaluation/in_training/step_{STEPS:08d}/passkey.json"),
         )

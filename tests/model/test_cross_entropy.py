@@ -1,5 +1,6 @@
 """Chunked cross-entropy against PyTorch's own in float64, and in training against the whole one."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_ext.config import load_config
-from megatron_ext.model import cross_entropy
 from megatron_ext.model.cross_entropy import chunked_cross_entropy
 from megatron_ext.model.kernels import loss_chunk
 from tests.conftest import ROOT, metrics, pretrain
@@ -45,11 +45,14 @@ def whole(hidden, weight, labels):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
-def test_losses_and_gradients_are_those_of_float64(inputs, chunk_tokens, dtype, tolerance) -> None:
+def test_losses_and_gradients_are_those_of_float64(
+    inputs, chunk_tokens, dtype, tolerance, device
+) -> None:
     def chunked(hidden, weight, labels):
         return chunked_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)
 
     # The same rounded inputs for both: what is judged is the arithmetic.
+    inputs = [x.to(device) for x in inputs]
     rounded = [x.to(dtype).double() if x.is_floating_point() else x for x in inputs]
     expected = losses_and_gradients(whole, *rounded, torch.float64)
     found = losses_and_gradients(chunked, *rounded, dtype)
@@ -128,13 +131,14 @@ def test_training_is_the_same_in_chunks(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_the_compiled_form_that_a_gpu_gets_is_the_same(inputs, monkeypatch) -> None:
-    def chunked(hidden, weight, labels):
-        return chunked_cross_entropy(hidden, weight, labels, chunk_tokens=7)
-
-    plain = losses_and_gradients(chunked, *inputs, torch.float32)
-    monkeypatch.setattr(cross_entropy, "_on_this_device", lambda f, x: cross_entropy._compiled(f))
-    for ours, theirs in zip(
-        losses_and_gradients(chunked, *inputs, torch.float32), plain, strict=True
-    ):
+def test_the_compiled_form_that_a_gpu_gets_is_the_same(inputs) -> None:
+    forms = [
+        losses_and_gradients(
+            functools.partial(chunked_cross_entropy, chunk_tokens=7, compiled=compiled),
+            *inputs,
+            torch.float32,
+        )
+        for compiled in (True, False)
+    ]
+    for ours, theirs in zip(*forms, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
