@@ -1,6 +1,7 @@
 # The two entrances: `make demo` and `make test`. Each makes .venv and installs what it needs, once.
 #   make demo CORPUS=my_texts/       the demo on your own files (.txt, .jsonl, a folder)
 #   make test-slow                   everything, the long tests too
+#   make test-gpu                    the tests that need a GPU, on one
 #   make test-slurm                  jobs on a real Slurm: apt-get install slurmctld slurmd munge
 #   make chaos ROUNDS=100            kill a training run so often, and compare it with one left alone
 #   make lint                        ruff and mypy
@@ -12,11 +13,11 @@ INSTALLED := $(VENV)/.installed
 # Tests that share a file share its costly fixtures.
 BOTH_CORES := --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-slow chaos test-slurm lint format docs clean
+.PHONY: demo test test-slow test-gpu chaos test-slurm lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m megatron_ext.study.demo $(if $(CORPUS),--corpus "$(CORPUS)")
@@ -26,6 +27,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest
+
+test-gpu: $(INSTALLED)
+	@$(BIN)/python -m pytest -m gpu
 
 test-slurm: $(INSTALLED)
 	@$(BIN)/python -m pytest -m "slurm and not slow"
