@@ -174,7 +174,15 @@ TABLE: dict[str, tuple[_Option, ...]] = {
 def choose(config: Config, found: Found) -> Kernels:
     """The kernels of a config on such a machine. Raises UserError when one that it insists on
     cannot be had, or something else that needs Transformer Engine."""
-    chosen = {part: _choose(part, config, found) for part in TABLE}
+    kernels = config.kernels
+    asked = {
+        "backend": kernels.backend,
+        "attention": kernels.attention,
+        "optimizer": kernels.optimizer,
+        "fusions": kernels.fusions,
+        "grad_accumulation": kernels.grad_accumulation,
+    }
+    chosen = {part: _choose(part, wanted, config, found) for part, wanted in asked.items()}
     wants_it = {
         f"precision.fp8={config.precision.fp8}": config.precision.fp8 != "none",
         "parallel.tensor_overlap=true": config.parallel.tensor_overlap,
@@ -244,8 +252,7 @@ def problem_of(name: str) -> str:
     return ""
 
 
-def _choose(part: str, config: Config, found: Found) -> Choice:
-    wanted = getattr(config.kernels, part)
+def _choose(part: str, wanted: str, config: Config, found: Found) -> Choice:
     objections = {option.name: option.objection(config, found) for option in TABLE[part]}
     if wanted != "auto":
         if reason := objections[wanted]:
