@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from megatron_ext.study.drawing import DASHES, MUTED, SERIES, swatch
-from megatron_ext.study.runs import Run, arms
+from megatron_ext.study.runs import Run, arms, base_text
 
 Look = tuple[str, Any]
 
@@ -29,8 +29,7 @@ def legend(shown: Sequence[Run], runs: Sequence[Run]) -> list[tuple[str, str]]:
         count = sum(run.folder in folders for run in arm.runs)
         seeds = f", {count} seeds" if count > 1 else ""
         if count:
-            base = f"{arm.first.config.rope.base:,g}"
-            found.append((swatch(k), f"{arm.name} (base {base}{seeds})"))
+            found.append((swatch(k), f"{arm.name} (base {base_text(arm.first)}{seeds})"))
     return found
 
 

@@ -18,10 +18,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from megatron_ext.rope.bound import distance_curve
 from megatron_ext.study.axes import labels, legend, looks, short
 from megatron_ext.study.context_figures import context_law, loss_by_position, perplexity
+from megatron_ext.study.distance_figures import by_distance
 from megatron_ext.study.drawing import FAIL, FAIL_FAR, INK, MUTED, SERIES, Figure, figure
 from megatron_ext.study.measures import THRESHOLD
-from megatron_ext.study.retrieval_figures import effective_context_figure, heat_maps
-from megatron_ext.study.runs import Arm, Run, arms, count
+from megatron_ext.study.retrieval_figures import effective_context_figure, heat_maps, tasks_of
+from megatron_ext.study.runs import Arm, Run, arms, base_text, count
 
 _CURVE_POINTS = 700  # of a B_m curve: more than a screen shows
 
@@ -31,6 +32,7 @@ def draw(runs: Sequence[Run], threshold: float = THRESHOLD) -> list[Figure]:
     found = [
         loss_curves(runs), bound_curves(runs),
         effective_context_figure(runs, threshold), *heat_maps(runs),
+        *(by_distance(runs, task) for task in tasks_of(runs)),
         perplexity(runs), context_law(runs), loss_by_position(runs),
     ]  # fmt: skip
     return [drawn for drawn in found if drawn is not None]
@@ -147,7 +149,7 @@ def _bound_panel(axes: Axes, arm: Arm, curve: np.ndarray, color: str) -> None:
         where = f"Bₘ ≥ 0 up to m = {len(curve) - 1:,}"
     axes.set_xlim(0, len(curve))
     axes.set_ylim(min(-0.28 * curve[0], 1.15 * curve.min()), 1.04 * curve[0])
-    axes.set_title(f"{arm.name}, base {arm.first.config.rope.base:,g}", loc="left", color=INK)
+    axes.set_title(f"{arm.name}, base {base_text(arm.first)}", loc="left", color=INK)
     axes.text(0.98, 0.93, where, transform=axes.transAxes, ha="right", va="top", color=INK)
     left = context > 0.6 * len(curve)
     axes.annotate(

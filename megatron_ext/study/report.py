@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_ext.errors import UserError
 from megatron_ext.planning.parameters import count_parameters
 from megatron_ext.study.measures import THRESHOLD, effective_context
-from megatron_ext.study.runs import HORIZON, Arm, Run, arms, count, read_runs
+from megatron_ext.study.runs import HORIZON, Arm, Run, arms, base_text, count, read_runs
 from megatron_ext.study.sweep import read_sweep
 from megatron_ext.study.table import outcome, reach, table
 
@@ -135,7 +135,7 @@ def remarks(runs: Sequence[Run]) -> list[str]:
 
 def _run_summary(run: Run) -> str:
     context, failing = run.config.training.sequence_length, run.first_failing_distance
-    base = f"{run.name}, base {run.config.rope.base:,g}:"
+    base = f"{run.name}, base {base_text(run)}:"
     if failing is None:
         theory = f"Bₘ stays non-negative at every distance up to {HORIZON:,} tokens."
     elif failing < context:
@@ -229,12 +229,13 @@ def _notes(run: Run) -> list[str]:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    bases = sorted({run.config.rope.base for run in runs})
+    by_base = {run.config.rope.base: base_text(run) for run in runs}
+    bases = [by_base[base] for base in sorted(by_base)]
     if len(bases) == 1:
-        return f"RoPE base {bases[0]:,g}"
+        return f"RoPE base {bases[0]}"
     if len(bases) == 2:
-        return f"RoPE base {bases[0]:,g} against {bases[1]:,g}"
-    return f"{len(bases)} RoPE bases from {bases[0]:,g} to {bases[-1]:,g}"
+        return f"RoPE base {bases[0]} against {bases[1]}"
+    return f"{len(bases)} RoPE bases from {bases[0]} to {bases[-1]}"
 
 
 def _places(runs: Sequence[Run]) -> list[int]:

@@ -14,7 +14,7 @@ from megatron_ext.rope.frequencies import rotary_dimensions
 from megatron_ext.study.axes import labels, legend, looks, short
 from megatron_ext.study.drawing import GRID, INK, MUTED, SERIES, Figure, figure
 from megatron_ext.study.measures import EffectiveContext, effective_context
-from megatron_ext.study.runs import HORIZON, Arm, Run, arms
+from megatron_ext.study.runs import Arm, Run, arms, base_text, usable
 
 _BASES = 160  # of the theory's line
 
@@ -88,7 +88,7 @@ def _heat_panel(
     shown = range(0, len(depths), max(1, (len(depths) - 1) // 4))
     names = ["any" if depths[k] is None else f"{depths[k]:g}%" for k in shown]
     axes.set_yticks(list(shown), names)
-    axes.set_title(f"{arm.name}, base {arm.first.config.rope.base:,g}", loc="left", color=INK)
+    axes.set_title(f"{arm.name}, base {base_text(arm.first)}", loc="left", color=INK)
     axes.set_xlabel("length (tokens)")
 
 
@@ -172,12 +172,6 @@ def effective_context_figure(runs: Sequence[Run], threshold: float) -> Figure | 
         "effective_context", title, caption, paint, (columns_, rows), marks,
         height * -(-len(tasks) // columns), 280 * len(tasks),
     )  # fmt: skip
-
-
-def usable(run: Run) -> int:
-    """What the theory allows the run's own rule, tokens; HORIZON - 1 where nothing below fails."""
-    failing = run.first_failing_distance
-    return (HORIZON if failing is None else failing) - 1
 
 
 def _theory(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config import Config, load_config, rope_verdict
+from megatron_ext.config import Config, load_config, rope_verdict, short_number
 from megatron_ext.errors import UserError
 from megatron_ext.jobs import journal
 from megatron_ext.rope.bound import BoundVerdict, first_failing_distance
@@ -144,6 +144,18 @@ def read_run(folder: Path) -> Run:
         fingerprint=_fingerprint(data),
         missing=missing,
     )
+
+
+def usable(run: Run) -> int:
+    """What the theory allows the run's own rule, tokens; HORIZON - 1 where nothing below fails."""
+    failing = run.first_failing_distance
+    return (HORIZON if failing is None else failing) - 1
+
+
+def base_text(run: Run) -> str:
+    """10,000 or 1e6."""
+    base = run.config.rope.base
+    return f"{base:,g}" if base < 1e6 else short_number(base)
 
 
 def count(number: float) -> str:

@@ -11,7 +11,7 @@ from megatron_ext.study.measures import (
     effective_context,
     law_of,
 )
-from megatron_ext.study.runs import HORIZON, Arm, Run, arms, count
+from megatron_ext.study.runs import HORIZON, Arm, Run, arms, base_text, count
 
 Cells = list[list[str]]
 
@@ -21,14 +21,14 @@ def outcome(runs: Sequence[Run], threshold: float = THRESHOLD) -> tuple[list[str
     of their runs, a line each."""
     found = arms(runs)
     tasks = list(dict.fromkeys(task for run in runs for task in run.retrieval))
-    columns = ["Arm", "Base", "Trained context", "Theory: usable context"]
+    columns = ["Arm", "Base", "Usable by theory"]
     columns += [f"Measured: {task} ≥ {threshold:.0%}" for task in tasks]
-    columns += ["Validation loss", "Perplexity at trained context", "Perplexity at longest"]
+    columns += ["Validation loss", "Perplexity: trained context, longest"]
     return columns, [_outcome(arm, tasks, threshold) for arm in found]
 
 
 def _outcome(arm: Arm, tasks: Sequence[str], threshold: float) -> list[str]:
-    failing, context = arm.first.first_failing_distance, arm.first.config.training.sequence_length
+    failing = arm.first.first_failing_distance
 
     def seeds(cells: Iterable[str | None]) -> str:
         return "\n".join(cell or "—" for cell in cells)
@@ -39,33 +39,27 @@ def _outcome(arm: Arm, tasks: Sequence[str], threshold: float) -> list[str]:
 
     return [
         arm.name,
-        f"{arm.first.config.rope.base:,.6g}",
-        f"{context:,}",
+        base_text(arm.first),
         f"{failing - 1:,}" if failing else f"at least {HORIZON - 1:,}",
         *(seeds(reached(run, task) for run in arm.runs) for task in tasks),
         seeds(_validation(run) for run in arm.runs),
-        seeds(_perplexity(run, context) for run in arm.runs),
-        seeds(_perplexity(run, None) for run in arm.runs),
+        seeds(_perplexity(run) for run in arm.runs),
     ]
 
 
-def _perplexity(run: Run, length: int | None) -> str | None:
-    """Over tokens, at a length or at the longest one."""
-    at = {
-        e["length"]: e["token_weighted_perplexity"]
-        for e in (run.perplexity or {"lengths": []})["lengths"]
-    }
+def _perplexity(run: Run) -> str | None:
+    """Over tokens, at the trained context and at the longest length."""
+    entries = (run.perplexity or {"lengths": []})["lengths"]
+    at = {entry["length"]: f"{entry['token_weighted_perplexity']:.2f}" for entry in entries}
     if not at:
         return None
-    if length is None:
-        return f"{at[max(at)]:.2f} at {max(at):,}"
-    return f"{at[length]:.2f}" if length in at else None
+    return f"{at.get(run.config.training.sequence_length, '—')}, {at[max(at)]} at {max(at):,}"
 
 
 def table(runs: Sequence[Run], threshold: float = THRESHOLD) -> list[tuple[str, list[str]]]:
     """What was run: a row for each fact, a column for each run."""
     return [
-        ("Base", [f"{run.config.rope.base:,.6g}" for run in runs]),
+        ("Base", [base_text(run) for run in runs]),
         ("Seed", [str(run.config.training.seed) for run in runs]),
         ("Rule", [run.config.rope.scaling.type for run in runs]),
         ("Context length", [f"{run.config.training.sequence_length:,} tokens" for run in runs]),

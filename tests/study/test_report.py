@@ -163,11 +163,28 @@ def test_a_glance_shows_theory_and_every_seed_beside_it(sweep_page: Path) -> Non
     )
     assert row is not None
     cells = re.findall(r"<td>(.*?)</td>", row[1], re.DOTALL)
-    assert cells[:3] == ["100", "256", "45"]  # base, trained context, B_46 is the first below zero
-    assert cells[3].split("\n") == ["128 (95%: 64 to 128)", "64 (95%: 64 to 128)"]
-    assert cells[4].split("\n") == ["4.500", "4.500"]
-    assert cells[5].split("\n") == ["62.56"] * 2
-    assert cells[6].split("\n") == ["65.12 at 512"] * 2
+    assert cells[:2] == ["100", "45"]  # B_46 is the first below zero
+    assert cells[2].split("\n") == ["128 (95%: 64 to 128)", "64 (95%: 64 to 128)"]
+    assert cells[3].split("\n") == ["4.500", "4.500"]
+    assert cells[4].split("\n") == ["62.56, 65.12 at 512"] * 2
+
+
+def test_retrieval_is_told_by_the_distance_back_to_the_fact(sweep_page: Path) -> None:
+    found = {
+        int(row["up_to_distance"]): (int(row["correct"]), int(row["samples"]))
+        for row in rows(sweep_page, "distance_passkey")
+        if row["run"] == "below-seed_1"
+    }
+    # Depths 0, 50, 100% of 64, 128, 256, 512 tokens, 10 prompts each: all four ends are near.
+    near = (10 + 7 + 0 + 0, 40)
+    assert found == {
+        16: near,
+        32: (10, 10),
+        64: (18, 20),
+        128: (11, 20),
+        256: (9, 20),
+        512: (0, 10),
+    }
 
 
 def test_a_sweep_s_file_stands_for_its_folder_and_seeds_may_stand_in_front(
@@ -196,7 +213,7 @@ def test_a_threshold_that_is_no_share_is_refused(threshold: float, tmp_path: Pat
         write_report([tmp_path], threshold=threshold)
 
 
-@pytest.mark.parametrize(("which", "figures"), [("page", 4), ("sweep_page", 7)])
+@pytest.mark.parametrize(("which", "figures"), [("page", 4), ("sweep_page", 8)])
 def test_the_page_is_whole_and_asks_for_nothing_outside(
     which: str, figures: int, request: pytest.FixtureRequest
 ) -> None:
@@ -304,7 +321,7 @@ def test_the_command_writes_the_page(make_run: MakeRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is not installed")
-@pytest.mark.parametrize(("which", "figures"), [("page", 4), ("sweep_page", 7)])
+@pytest.mark.parametrize(("which", "figures"), [("page", 4), ("sweep_page", 8)])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_browser_has_no_complaint_and_nothing_sticks_out(
     which: str, figures: int, width: int, tmp_path: Path, request: pytest.FixtureRequest
