@@ -8,7 +8,8 @@ A tokenizer.json is copied, without what adds ids to a text or cuts it, if it do
 model is copied and, when it is a BPE, also written as tokenizer.json in Llama's form: transformers'
 own conversion of a .model loses the space that sentencepiece puts before a text, and pieces of
 several spaces. What transformers then makes of some text is compared id by id; a tokenizer.json
-that differs is not left there. No BOS is added, as none was in training. Refuses files that are no
+that differs is not left there. No BOS is added, as none was in training; except by weights that
+came from a folder whose tokenizer adds one and were not trained since. Refuses files that are no
 tokenizer (UserError). Needs no torch.
 """
 
@@ -40,10 +41,10 @@ _AROUND = ("post_processor", "truncation", "padding")
 _ADD_BOS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
-def write_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
-    """Put the tokenizer into `folder`; returns the file's name (None where it is not left there),
-    the two ids, and whether transformers gives the same ids as training had (`proved`). Raises
-    UserError."""
+def write_tokenizer(source: Path, folder: Path, bos: int | None = None) -> dict[str, Any]:
+    """Put the tokenizer into `folder`, with `bos` before every text if one is given; returns the
+    file's name (None where it is not left there), the two ids, and whether transformers gives the
+    same ids as training had (`proved`). Raises UserError."""
     try:
         ours = load_tokenizer(source)
     except DataToolsError as error:
@@ -54,7 +55,7 @@ def write_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
     tokens = {"bos_token": by_id.get(ours.bos_id), "eos_token": by_id.get(ours.eod_id)}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": False,
+        "add_bos_token": bos is not None,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         # A text that spells a control token means its letters, as in training.
@@ -64,13 +65,17 @@ def write_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
     if isinstance(ours, SentencePieceTokenizer):
         _write_bpe(ours, folder / "tokenizer.json")
     _write(folder / "tokenizer_config.json", settings)
-    proved = _same_ids(ours, folder)
-    if not proved and isinstance(ours, HuggingFaceTokenizer):
-        _write(folder / "tokenizer.json", ours.json | dict.fromkeys(_AROUND))
-        proved = _same_ids(ours, folder)
+    proved = _same_ids(ours, folder, bos)
+    if not proved and (folder / "tokenizer.json").is_file():
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content |= dict.fromkeys(_AROUND)
+        if bos is not None:
+            content["post_processor"] = _put_before(by_id[bos], bos)
+        _write(folder / "tokenizer.json", content)
+        proved = _same_ids(ours, folder, bos)
     if not proved:  # a tokenizer that is nearly right is worse than none
         for name in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
     return {
         "file": file.name if (folder / file.name).is_file() else None,
         "sha256": ours.hash.removeprefix("sha256:"),
@@ -101,11 +106,22 @@ def folder_bos(folder: Path) -> int | None:
     return read_hf_config(folder).get("bos_token_id") if adds else None
 
 
-def _same_ids(ours: Tokenizer, folder: Path) -> bool:
+def _same_ids(ours: Tokenizer, folder: Path, bos: int | None) -> bool:
     import transformers
 
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    return all(ours.encode(text).tolist() == theirs(text).input_ids for text in _SAMPLES)
+    before = [] if bos is None else [bos]
+    return all(before + ours.encode(text).tolist() == theirs(text).input_ids for text in _SAMPLES)
+
+
+def _put_before(token: str, number: int) -> dict[str, Any]:
+    """The part of a tokenizer.json that puts a token before a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    template = TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)]
+    )
+    return json.loads(template.__getstate__())
 
 
 def _write_bpe(ours: SentencePieceTokenizer, file: Path) -> None:

@@ -9,6 +9,7 @@ Everything is written under a temporary name and renamed. Refuses (UserError) wh
 cannot say in the other's words, damaged checkpoints, and an output that is there already.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,8 @@ def export_hf(
 
         weights = hf_weights.CheckpointWeights(checkpoint)
         dtype = str(weights.dtype()).removeprefix("torch.")
-        tokenizer = _export_tokenizer(config, folder)
+        record = json.loads((checkpoint / "run.json").read_bytes())
+        tokenizer = _export_tokenizer(config, folder, record.get("bos_token_id"))
         ids = {key: tokenizer.get(key) for key in ("bos_token_id", "eos_token_id")}
         hf = {**config_to_hf(config, rows, dtype), **ids}
         manifest.write_json(folder / "config.json", hf)
@@ -165,12 +167,12 @@ def _write_weights(config: Config, weights: Any, rows: int, folder: Path) -> Non
     )
 
 
-def _export_tokenizer(config: Config, folder: Path) -> dict[str, Any]:
+def _export_tokenizer(config: Config, folder: Path, bos: int | None) -> dict[str, Any]:
     try:
         source = tokenizer_path(config)
     except UserError:  # a run on token files that came without receipts
         return {"file": None}
-    return write_tokenizer(source, folder)
+    return write_tokenizer(source, folder, bos)
 
 
 def _umask() -> int:

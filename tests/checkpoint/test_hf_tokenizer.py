@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.checkpoint import hf_tokenizer
 from megatron_ext.checkpoint.hf_tokenizer import folder_bos, write_tokenizer
-from megatron_ext.checkpoint.huggingface import import_hf
+from megatron_ext.checkpoint.huggingface import export_hf, import_hf
 from megatron_ext.evaluation.subject import find_subject
 from tests.checkpoint.test_huggingface import RULES, alone, make  # noqa: F401
 
@@ -64,6 +64,18 @@ def test_a_run_made_of_a_folder_has_its_bos(tmp_path: Path) -> None:
     assert find_subject(tmp_path / "run/checkpoints/step_00000000").bos == BOS
 
 
+def test_it_is_exported_with_the_bos_that_came_with_it(tmp_path: Path) -> None:
+    make("Llama", tmp_path / "in", RULES["none"], vocab_size=300)
+    write_tokenizer_json(
+        tmp_path / "in", "<s> $A </s>"
+    )  # its end is not put: no run trains with it
+    import_hf(tmp_path / "in", tmp_path / "run", lengths=[8])
+    export_hf(tmp_path / "run", tmp_path / "out", lengths=[8])
+    assert find_subject(tmp_path / "out").bos == BOS
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported("ab").input_ids == [BOS, *exported("ab", add_special_tokens=False).input_ids]
+
+
 def test_a_tokenizer_that_adds_a_bos_is_exported_without(tmp_path: Path) -> None:
     source = write_tokenizer_json(tmp_path / "in", "<s> $A")
     (tmp_path / "out").mkdir()
@@ -78,7 +90,7 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_not_left_there(
 ) -> None:
     source = write_tokenizer_json(tmp_path / "in", None)
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(hf_tokenizer, "_same_ids", lambda ours, folder: False)
+    monkeypatch.setattr(hf_tokenizer, "_same_ids", lambda ours, folder, bos: False)
     facts = write_tokenizer(source, tmp_path / "out")
     assert facts["file"] is None and facts["proved"] is False
     assert not list((tmp_path / "out").iterdir())
