@@ -79,6 +79,7 @@ def _goes_on(file: Path, beat: Beat) -> bool:
     while time.monotonic() < until:
         now = read_heartbeat(file) or beat
         if now["time"] != beat["time"]:
-            return now["phase"] != ENDED
+            # Rank 0 of our own start may have come meanwhile.
+            return now["pid"] == beat["pid"] and now["phase"] != ENDED
         time.sleep(0.1)
     return False

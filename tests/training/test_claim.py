@@ -1,5 +1,6 @@
 """One start of a run at a time, whatever became of the one before."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from megatron_ext.errors import UserError
 from megatron_ext.training.claim import refuse_second_start
+from megatron_ext.training.heartbeat import heartbeat_file, read_heartbeat
 from megatron_ext.training.status import read_status
 from tests.conftest import metrics, pretrain
 from tests.training.test_resume import LONG, kill_all, start, wait_for_step
@@ -53,11 +55,12 @@ def test_second_start_is_refused_and_disturbs_nothing(config_file: Path, tmp_pat
         printed = pretrain(config_file, processes=processes, code=code)
         assert printed.count(f"is in use: rank 0 of 1 runs on {socket.gethostname()}") == 1
         assert f"(pid {first.pid}); wait for it, end it (kill {first.pid})" in printed
-        assert 'Traceback (most recent call last):\n  File "' + str(run_dir) not in printed
+        assert processes > 1 or printed.count("\n") == 1
     wait_for_step(first, run_dir, metrics(run_dir)[-1]["step"] + 5)
     assert read_status(run_dir) == status
     kill_all(first)
     refuse_second_start(run_dir, 0, 1, 0.0)  # no longer
+    assert not heartbeat_file(run_dir, 0).exists()  # and there is room for a new rank 0
 
 
 def test_start_on_another_host_is_seen_by_its_heartbeat_alone(
@@ -69,7 +72,12 @@ def test_start_on_another_host_is_seen_by_its_heartbeat_alone(
             refuse_second_start(tmp_path, rank, size, 0.0)
     holder.kill()
     refuse_second_start(tmp_path, 3, 4, 0.0)
-    refuse_second_start(tmp_path, 0, 1, 0.0)
+    # Rank 0 of the own start may come while others still look at what its predecessor left.
+    file = heartbeat_file(tmp_path, 0)
+    ours = {**read_heartbeat(file), "size": 4, "pid": 1, "time": time.time()}
+    threading.Timer(0.5, file.write_text, [json.dumps(ours)]).start()
+    refuse_second_start(tmp_path, 3, 4, 0.0)
+    assert read_heartbeat(file) == ours
 
 
 def test_earlier_life_of_the_same_job_is_waited_for(
