@@ -50,13 +50,13 @@ def refuse_second_start(run_dir: Path, rank: int, size: int, patience_s: float) 
         while _goes_on(file, beat):
             beat = read_heartbeat(file) or beat
             if time.monotonic() >= deadline:
-                raise UserError(in_use(run_dir, beat))
+                raise UserError(_in_use(run_dir, beat))
             time.sleep(0.2)
         if rank == 0 and read_heartbeat(file) == beat:
             file.unlink(missing_ok=True)
 
 
-def in_use(run_dir: Path, beat: Beat) -> str:
+def _in_use(run_dir: Path, beat: Beat) -> str:
     """Who trains there, in words."""
     job = f", job {beat['job']}" if beat.get("job") else ""
     end = f"scancel {beat['job']}" if beat.get("job") else f"kill {beat['pid']}"
