@@ -80,6 +80,7 @@ def pretrain(config: Config, watch: Supervision) -> int:
     from megatron_ext.checkpoint import sharded
     from megatron_ext.checkpoint.saving import Saver
     from megatron_ext.data import blend
+    from megatron_ext.model.kernels import choose, look
     from megatron_ext.model.llama import build_model
     from megatron_ext.planning.plan import expected_on
     from megatron_ext.training import guard as guarding
@@ -91,6 +92,7 @@ def pretrain(config: Config, watch: Supervision) -> int:
     from megatron_ext.training.utilization import peak_of
     from megatron_ext.world import device_name, limit_collectives, world
 
+    kernels = choose(config, look())
     watch.phase("meet")
     with world(config, watch.report) as here:
         log = start_logging(here.is_main)
@@ -102,6 +104,7 @@ def pretrain(config: Config, watch: Supervision) -> int:
         watch.phase("data")
         data = blend.build_datasets(config)
         watch.phase("model")
+        log.info("kernels: %s", kernels)
         model = build_model(config)
         optimizer = build_optimizer(model, config)
 

@@ -19,6 +19,7 @@ def test_run_folder_explains_itself(config_file: Path, tmp_path: Path) -> None:
     printed = pretrain(config_file, *settings)
     run_dir = tmp_path / "run"
     assert "finished: 20 steps" in printed
+    assert printed.count("kernels: backend torch, attention sdpa, optimizer torch") == 1
     assert {p.name for p in run_dir.iterdir()} == {
         "config.yaml", "environment.json", "data.json", "metrics.jsonl", "tensorboard",
         "checkpoints", "status.json", "heartbeat",
@@ -36,6 +37,15 @@ def test_run_folder_explains_itself(config_file: Path, tmp_path: Path) -> None:
     status = read_status(run_dir)
     assert (status["state"], status["requeue"], status["error"]) == ("finished", False, None)
     assert (status["step"], status["first_step"], status["steps"]) == (20, 0, 20)
+
+
+def test_kernels_that_cannot_be_had_are_refused_before_anything_is_built(
+    config_file: Path, tmp_path: Path
+) -> None:
+    printed = pretrain(config_file, "kernels.attention=flash_attn", code=2)
+    assert printed.startswith("error: kernels.attention=flash_attn cannot be had (no GPU): ")
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_finished_run_started_again_does_nothing(config_file: Path, tmp_path: Path) -> None:

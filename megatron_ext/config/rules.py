@@ -275,8 +275,8 @@ def check_precision(config: Config) -> None:
         "model.hidden_size": model.hidden_size,
         "model.ffn_hidden_size over the tensor-parallel ranks": model.ffn_hidden_size
         // parallel.tensor,
-        "the heads of a rank": model.num_heads * model.head_dim // parallel.tensor,
-        "the tokens of a rank's micro-batch": tokens // parallel.context,
+        "the width of a rank's heads": model.num_heads * model.head_dim // parallel.tensor,
+        "the length of a rank's micro-batch": tokens // parallel.context,
     }
     for name, size in sizes.items():
         if size % multiple:

@@ -7,8 +7,6 @@
 Needs the process groups of `megatron_ext.world`.
 """
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -28,13 +26,10 @@ from megatron_ext.model.layers import begin_tensor_overlap, block_spec
 from megatron_ext.rope.attention import RotaryGPTModel, RotarySelfAttention, install_rotary
 from megatron_ext.rope.embedding import RotaryEmbedding
 
-log = logging.getLogger(__name__)
-
 
 def build_model(config: Config) -> list[DistributedDataParallel]:
     """This rank's stage and shard with its initial weights, inside Megatron-Core's gradient
     reduction (DistributedDataParallel)."""
-    log.info("kernels: %s", choose(config, look()))
     if config.parallel.tensor_overlap:
         begin_tensor_overlap(config)
     transformer = transformer_config(config)

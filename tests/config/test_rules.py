@@ -51,6 +51,32 @@ def test_a_valid_config_has_no_warnings() -> None:
         ({"parallel__tensor": 2, "model__ffn_hidden_size": 705}, "ffn_hidden_size=705: choose 1"),
         ({"parallel__tensor": 2, "model__vocab_size": 1537}, "vocab_size=1537: choose 1"),
         ({"parallel__pipeline": 3}, "pipeline=3 does not divide model.num_layers=4: choose 1, 2"),
+        (
+            {"parallel__overlap_param_gather": True},
+            "overlap_param_gather=true needs parallel.distributed_optimizer=true: set it, or leave",
+        ),
+        (
+            {"parallel__overlap_param_gather": True, "parallel__distributed_optimizer": True},
+            "overlap_param_gather=true needs parallel.overlap_grad_reduce=true",
+        ),
+        ({"parallel__tensor_overlap": True}, "tensor_overlap=true needs parallel.sequence=true"),
+        ({"precision__fp8": "mxfp8", "precision__dtype": "fp16"}, "mxfp8 needs precision.dtype=bf"),
+        (
+            {"precision__dtype": "fp16", "precision__grad_reduce": "bf16"},
+            "grad_reduce=bf16 needs precision.dtype=bf16, not fp16: set precision.grad_reduce=fp32",
+        ),
+        (
+            {"precision__fp8": "tensorwise", "model__ffn_hidden_size": 776},
+            "multiples of 16, but model.ffn_hidden_size over the tensor-parallel ranks is 776: cho",
+        ),
+        (
+            {"precision__fp8": "blockwise", "training__sequence_length": 96},
+            "multiples of 128, but the length of a rank's micro-batch is 96: choose 128, or",
+        ),
+        (
+            {"data__mask_documents": True, "kernels__attention": "flash"},
+            "kernels.attention=flash does not take: use kernels.attention=sdpa or auto",
+        ),
         ({"parallel__virtual_pipeline": 2}, "virtual_pipeline=2 divides pipeline stages, but"),
         (
             {"parallel__pipeline": 2, "parallel__virtual_pipeline": 4},
