@@ -1,6 +1,6 @@
 """Our training step on one GPU beside transformers' Llama and a plain PyTorch one, both compiled.
 
-    python benchmarks/gpu_train.py               # 8 minutes; torch and megatron-core suffice
+    python benchmarks/gpu_train.py               # torch and megatron-core suffice
     python benchmarks/gpu_train.py --case "2B 4k" --rounds 10 --json train.json
     python benchmarks/gpu_train.py --toy         # a tiny model on a CPU: proves the command
 
@@ -8,7 +8,8 @@ bf16; what each contender is stands in contenders.py. Without the package transf
 left out. Each is a process of its own that builds and compiles while the others do; then they take
 turns of one step that does not count and --steps that do, so that a warm or throttled moment of the
 GPU meets all. Medians count. Where the states of three together do not fit on the GPU, each turn is
-a process of its own. Cases come in the order of their importance; none is begun after --minutes.
+a process of its own. Cases come in the order of their importance; none is begun after --minutes,
+so that 8 minutes should be enough.
 
 tokens/s, and what share of two peaks they are: TFLOP/s and MFU count 6 N + 12 L h s FLOPs a token
 (all scores) against the data sheet; the share of the matmul rate counts 6 N + 6 L h s (the causal
@@ -29,7 +30,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.contenders import CONTENDERS, SIZES, Case, Worker
-from megatron_ext.training.utilization import PEAK_TFLOPS
 
 # Name, size, length, micro-batch, micro-batches: at 4k 8 sequences a GPU and step, as the 2B's
 # batch of 1024 has on 128 GPUs.
@@ -97,14 +97,15 @@ def main() -> None:
 
 def machine(toy: bool) -> str:
     """Date, device, versions."""
-    import megatron.core
     import torch
+
+    if not toy and not torch.cuda.is_available():
+        sys.exit("error: torch.cuda.is_available() is false: run on a GPU, or with --toy on a CPU")
+    import megatron.core
 
     from megatron_ext.config import Config
     from megatron_ext.model.kernels import choose, look
 
-    if not toy and not torch.cuda.is_available():
-        sys.exit("error: torch.cuda.is_available() is false: run on a GPU, or with --toy on a CPU")
     config = Config.model_validate(
         {
             "model": SIZES["2B"],
@@ -226,6 +227,8 @@ def _together(case: Case, contenders: int) -> bool:
 
 def _data_sheet() -> float | None:
     import torch
+
+    from megatron_ext.training.utilization import PEAK_TFLOPS
 
     name = torch.cuda.get_device_name()
     return next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)

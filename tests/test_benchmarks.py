@@ -44,6 +44,8 @@ def test_kernels_are_compared_with_float64_and_with_their_floor() -> None:
         assert shown.count(f"| {kernel} | ") >= 2
 
 
-@pytest.mark.parametrize("name", ["gpu_train.py", "gpu_kernels.py"])
+@pytest.mark.parametrize(
+    "name", ["gpu_train.py", pytest.param("gpu_kernels.py", marks=pytest.mark.slow)]
+)
 def test_without_a_gpu_one_sentence_says_what_to_do(name: str) -> None:
     assert "run on a GPU, or with --toy on a CPU" in run(f"benchmarks/{name}", code=1)

@@ -266,7 +266,7 @@ def _choose(part: str, wanted: str, config: Config, found: Found) -> Choice:
         if option.only_asked:
             continue
         if not objections[option.name]:
-            reason = " and ".join(dict.fromkeys(missed)) or "auto: the fastest"
+            reason = " and ".join(dict.fromkeys(missed)) or "auto's first choice"
             return Choice(option.name, reason)
         missed.append(objections[option.name])
     raise AssertionError(f"the last option of {part} has an objection")
