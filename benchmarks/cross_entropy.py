@@ -65,7 +65,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         return vocab_parallel_cross_entropy(hidden @ weight.t(), labels.t())
 
     def chunked(hidden, weight):
-        return chunked_cross_entropy(hidden, weight, labels)
+        compiled = options.device != "cpu"
+        return chunked_cross_entropy(hidden, weight, labels, compiled=compiled)
 
     function = {"pytorch": pytorch, "whole": whole, "chunked": chunked}[options.measure]
     if options.measure == "whole":
