@@ -24,6 +24,7 @@ from megatron_ext.checkpoint.manifest import MANIFEST, find_checkpoints
 from megatron_ext.config import Config, load_config, validate
 from megatron_ext.data.corpora import cache_parent, check_corpora, epochs, fingerprint_of
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation.in_training import plan_tasks
 from megatron_ext.launch import launched_as
 from megatron_ext.training.supervision import Supervision
 
@@ -70,6 +71,9 @@ def pretrain(config: Config, watch: Supervision) -> int:
     """Config -> world -> data, model, optimizer -> restore -> train."""
     check_corpora(config)
     check_machine(config)
+    if launched_as()[0]:  # rank 0 says for all what the plans have to remark
+        logging.getLogger("megatron_ext.evaluation").setLevel(logging.ERROR)
+    planned = plan_tasks(config)
     watch.start()
 
     # Torch and Megatron-Core take seconds to import: only after everything cheap was checked.
@@ -128,7 +132,7 @@ def pretrain(config: Config, watch: Supervision) -> int:
         watch.hold(done_steps)
         journal = Journal(config, here, done_steps, peak)
         saver = Saver(config, record, saved_step)
-        tasks = Tasks(config, here, watch, journal)
+        tasks = Tasks(planned, here, watch, journal)
         done, stopped = train(
             config, model, optimizer, data, layout, saver, done_steps, watch, journal, guard, tasks
         )

@@ -88,7 +88,7 @@ def encode_part(part: Part, options: Options, worker: Worker) -> Part:
                     collector.take(line)
             except ValueError as error:  # a file cut short under our hands
                 raise Failure(f"{source.path} cannot be read: {error}") from error
-            collector.finish()
+            collector.finish(part.consumed)
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
@@ -199,7 +199,7 @@ class _Collector:
             total = self.counts.setdefault(name, [0] * len(COUNTED))
             self.counts[name] = [int(a + b) for a, b in zip(total, rows.sum(axis=0), strict=True)]
 
-    def finish(self) -> None:
+    def finish(self, consumed: int) -> None:
         """Encode what is left and complete the part file."""
         self.encode()
         ids_bytes = self.stream.tell()
@@ -212,6 +212,7 @@ class _Collector:
         statistics = orjson.dumps(
             {
                 "lines": self.lines,
+                "consumed": consumed,
                 "rejected": dict(self.reasons),
                 "literal_control_tokens": dict(self.literal),
                 "slices": self.counts,

@@ -36,11 +36,8 @@ def split(
 ) -> dict[str, dict[str, Any]]:
     """Write one pair PREFIX-NAME a set; returns the receipts by name. Raises `UserError`, and
     `Failure` when the pair is damaged."""
-    if (
-        not shares
-        or any(share <= 0 for share in shares.values())
-        or abs(sum(shares.values()) - 1) > 1e-9
-    ):
+    whole = abs(sum(shares.values()) - 1) <= 1e-9  # false for nan
+    if not (whole and all(share > 0 for share in shares.values())):
         raise UserError(
             f"--shares {dict(shares)} do not add up to 1 with every one above 0: write "
             "train=0.98,valid=0.01,test=0.01"

@@ -132,9 +132,8 @@ class _Run:
         # A shuffle deals out whole documents again, so shards are made after it.
         shard_tokens = options.shard_tokens if options.seed is None else 0
         self.assembler = Assembler(folder, sources, self.shares, tokenizer.vocab_size, shard_tokens)
-        # Finished parts that were not appended yet, and how far into a compressed file they reach.
-        self.ready: dict[tuple[int, int], int] = {}
-        self.consumed = 0  # of the compressed file at hand, by the last part appended
+        self.ready: set[tuple[int, int]] = set()  # finished parts that were not appended yet
+        self.consumed = 0  # bytes of the compressed file at hand, by the last part appended
 
     def run(self) -> dict[str, Any]:
         """Encode, assemble, complete; returns the receipt's body."""
@@ -184,7 +183,7 @@ class _Run:
                 done, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
                     part = future.result()
-                    self.ready[part.source, part.number] = part.consumed
+                    self.ready.add((part.source, part.number))
                 self._assemble()
                 if exhausted and not pending:
                     break
@@ -228,7 +227,7 @@ class _Run:
         path = part.file(self.setup.folder)
         if path.exists():
             if read_part(path, verify=True) is not None:
-                self.ready[part.source, part.number] = self.consumed
+                self.ready.add((part.source, part.number))
                 return False
             path.unlink()
         return True
@@ -241,13 +240,14 @@ class _Run:
             key = (self.shares[number].source, k)
             if key not in self.ready:
                 break
-            self.consumed = self.ready.pop(key)
+            self.ready.remove(key)
             result = read_part(Part(*key, 0, 0).file(self.setup.folder))
             if result is None:
                 raise Failure(
                     f"a part in {self.setup.folder} is damaged: run the same command again"
                 )
             assembler.append(result)
+            self.consumed = result.stats["consumed"]
             self._check_rejected(final=False)
         self.progress.update(
             self._bytes_done(),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -60,9 +59,8 @@ def train_tokenizer(
     `receipt["reused"]` is true when the model was already there. Raises `UserError`.
     """
     shares = tuple(sorted((slice_shares or {}).items()))
-    if shares and (
-        min(share for _, share in shares) <= 0 or abs(sum(dict(shares).values()) - 1) > 1e-6
-    ):
+    whole = abs(sum(share for _, share in shares) - 1) <= 1e-6
+    if shares and not (whole and all(share > 0 for _, share in shares)):
         raise UserError(
             f"--slice-shares {dict(shares)} do not add up to 1 with every one above 0: write such "
             "as c4=0.6,arxiv=0.4"
@@ -78,7 +76,7 @@ def train_tokenizer(
     sources = find_sources(inputs)
     wanted = {
         "inputs": [{"path": s.path, "size": s.size, "mtime_ns": s.mtime_ns} for s in sources],
-        "options": json.loads(json.dumps(asdict(options))),
+        "options": {**asdict(options), "text_keys": list(text_keys), "slice_shares": dict(shares)},
     }
     if model_path.is_file() and receipt_file.is_file() and "-" not in inputs:
         known = read_json(receipt_file)
@@ -129,9 +127,12 @@ def sample(
             name = document.slice or slice_of_path(source.path)
             if heap := heaps.get(name if shares else ""):
                 heap.add(number, document.text, name)
-    for name, heap in heaps.items():
-        if shares and not heap.kept:
-            raise UserError(f"--slice-shares {name}: the inputs hold no document of this slice")
+    for name, share in shares.items():
+        if heaps[name].seen < int(share * options.sample_bytes):
+            raise UserError(
+                f"--slice-shares {name}={share:g} of --sample-bytes {options.sample_bytes} is more "
+                f"than the {heaps[name].seen} bytes of this slice in the inputs: lower one of them"
+            )
     kept = [entry for heap in heaps.values() for entry in heap.kept]
     if not kept:
         raise UserError("the inputs hold no text to train on: check --text-key and the files")
@@ -145,12 +146,13 @@ class _Lowest:
     """The documents with the lowest numbers, as many as `most` bytes hold; one at least."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.size = most, 0
+        self.most, self.size, self.seen = most, 0, 0
         self.kept: list[tuple[int, bytes, str]] = []  # a heap with the highest number on top
 
     def add(self, number: int, text: bytes, name: str) -> None:
         heapq.heappush(self.kept, (-number, text, name))
         self.size += len(text)
+        self.seen += len(text)
         while self.size > self.most and len(self.kept) > 1:
             self.size -= len(heapq.heappop(self.kept)[1])
 

@@ -33,6 +33,7 @@ def validate(config: Config, world_size: int | None = None) -> list[str]:
     check_overlap(config)
     check_intervals(config)
     check_kernels(config)
+    check_tasks(config)
     return check_bound(config)
 
 
@@ -46,6 +47,27 @@ def check_kernels(config: Config) -> None:
             raise ConfigError(
                 f"data.mask_documents=true needs a mask that kernels.{part}={wanted} does not "
                 f"take: use kernels.{part}={others} or auto"
+            )
+
+
+def check_tasks(config: Config) -> None:
+    """Tasks in training have texts of any length, in the layout and precision of the training."""
+    parallel, scaling = config.parallel, config.rope.scaling
+    divided = parallel.sequence or parallel.context > 1
+    of_one_length = [
+        (f"precision.fp8={config.precision.fp8}", config.precision.fp8 != "none"),
+        ("parallel.tensor_overlap=true", parallel.tensor_overlap),
+        # They are filled up for the ranks to divide, and so would be the length it goes by.
+        (
+            f"rope.scaling.type={scaling.type} on divided sequences",
+            scaling.follows_length and divided,
+        ),
+    ]
+    for setting, there in of_one_length:
+        if config.evaluation.tasks and there:
+            raise ConfigError(
+                f"evaluation.tasks asks for texts of any length, which {setting} does not take: "
+                "set evaluation.tasks=[] and use megatron-ext evaluate on the checkpoints"
             )
 
 

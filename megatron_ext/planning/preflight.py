@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 
 from megatron_ext.config import Config, rope_frequencies_of, short_number, smallest_base, validate
 from megatron_ext.data.corpora import corpus_errors, epochs
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation.in_training import plan_tasks
 from megatron_ext.planning.parameters import count_parameters
 from megatron_ext.rope.bound import judge, usable_context
 
@@ -140,6 +142,11 @@ def preflight(config: Config, world_size: int) -> Preflight:
     parallel, training = config.parallel, config.training
     data_parallel = world_size // parallel.model_ranks
     errors = corpus_errors(config)
+    if config.data.corpora and not errors:
+        try:
+            plan_tasks(config)
+        except UserError as error:
+            errors.append(f"evaluation.tasks: {error}")
     return Preflight(
         run_dir=str(training.run_dir),
         parameters=parameters.total,

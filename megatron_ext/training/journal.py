@@ -119,7 +119,10 @@ class Journal:
         """Whether there is no record of this figure after `done` steps (rank 0 knows)."""
         if not self.here.is_main:
             return False
-        records = (self.run_dir / "metrics.jsonl").read_text().splitlines()
+        try:
+            records = (self.run_dir / "metrics.jsonl").read_text().splitlines()
+        except OSError:  # somebody took it away: records are lost, training goes on
+            return True
         return not any(f'"step": {done}, "{figure}"' in record for record in records)
 
     def close(self) -> None:

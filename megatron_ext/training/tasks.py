@@ -1,6 +1,6 @@
 """The tasks of `megatron-ext evaluate`, asked of the model while it trains.
 
-    tasks = Tasks(config, here, watch, journal)     # refuses what could not be measured
+    tasks = Tasks(plan_tasks(config), here, watch, journal)
     stopped = tasks.measure(model, done)            # every `evaluation.tasks_interval` steps
 
 The results are those that `evaluate` would write for the same weights, in the same format, in
@@ -9,21 +9,24 @@ measurement after the length at hand; the next start takes it up again.
 """
 
 import logging
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from megatron.core.distributed import DistributedDataParallel
 from numpy.typing import NDArray
 
-from megatron_ext.config import Config
+from megatron_ext.checkpoint.chunks import bare, gather_weights
+from megatron_ext.checkpoint.manifest import write_json
 from megatron_ext.evaluation import perplexity, retrieval
+from megatron_ext.evaluation.in_training import TaskPlan, at_step
 from megatron_ext.evaluation.scoring import Scorer, Scores
-from megatron_ext.evaluation.subject import Subject
 from megatron_ext.training.journal import Journal
 from megatron_ext.training.step import on_any_rank
 from megatron_ext.training.supervision import Supervision
 from megatron_ext.world import World
+
+log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -31,26 +34,26 @@ class Stopped(Exception):
 
 
 class Tasks:
-    """Measures `evaluation.tasks`; every rank calls it alike."""
+    """Measures what is planned; every rank calls it alike."""
 
-    def __init__(self, config: Config, here: World, watch: Supervision, journal: Journal) -> None:
-        """Raises UserError."""
-        self.config, self.here, self.watch, self.journal = config, here, watch, journal
-        if not here.is_main:  # which says for all what the plans have to remark
-            logging.getLogger("megatron_ext.evaluation").setLevel(logging.ERROR)
-        self._plans(done=0)  # a length that is too short is told of now, not in a week
+    def __init__(
+        self, plans: Sequence[TaskPlan], here: World, watch: Supervision, journal: Journal
+    ) -> None:
+        self.plans, self.here, self.watch, self.journal = plans, here, watch, journal
 
     def measure(self, model: list[DistributedDataParallel], done: int) -> bool:
         """Measure what the journal lacks after `done` steps; returns whether a signal cut it
         short."""
+        lacking = [plan for plan in self.plans if on_any_rank(self._lacks(plan, done))]
+        if not lacking:
+            return False
+        gather_weights(model)  # ranks differ in how many forward passes they make, if any
         for chunk in model:
             chunk.eval()
-        scorer = _WatchedScorer([chunk.module for chunk in model], self.here, self.watch)
+        scorer = _WatchedScorer(bare(model), self.here, self.watch)
         try:
-            for plan in self._plans(done):
-                first = f"{plan.header['task']}/{min((*plan.done, *plan.missing))}"
-                if on_any_rank(self.journal.lacks(done, first)):
-                    self.journal.task(done, _figures(_results(plan, scorer)))
+            for plan in lacking:
+                self._record(at_step(plan, done), done, scorer)
         except Stopped:
             return True
         finally:
@@ -58,29 +61,21 @@ class Tasks:
                 chunk.train()
         return False
 
-    def _plans(self, done: int) -> list[perplexity.Plan | retrieval.Plan]:
-        run_dir = self.config.training.run_dir
-        subject = Subject(
-            self.config,
-            run_dir,
-            run_dir / "evaluation" / "in_training" / f"step_{done:08d}",
-            {"step": done, "in_training": True},
-            bos=None,  # as in the sequences that it is trained on
-        )
-        return [
-            perplexity.make_plan(subject)
-            if task == "perplexity"
-            else retrieval.make_plan(subject, task)
-            for task in self.config.evaluation.tasks
-        ]
+    def _lacks(self, plan: TaskPlan, done: int) -> bool:
+        return self.journal.lacks(done, f"{plan.header['task']}/{min(plan.missing)}")
 
-
-def _results(plan: perplexity.Plan | retrieval.Plan, scorer: Scorer) -> dict[str, Any]:
-    # All lengths anew: ranks on several nodes may see different states of a file just written.
-    plan = replace(plan, done={}, missing=sorted((*plan.done, *plan.missing)))
-    if isinstance(plan, perplexity.Plan):
-        return perplexity.measure(plan, scorer)
-    return retrieval.measure(plan, scorer)
+    def _record(self, plan: TaskPlan, done: int, scorer: Scorer) -> None:
+        if isinstance(plan, perplexity.Plan):
+            results = perplexity.measure(plan, scorer)
+        else:
+            results = retrieval.measure(plan, scorer)
+        if self.here.is_main:
+            try:
+                plan.output.parent.mkdir(parents=True, exist_ok=True)
+                write_json(plan.output, results)
+            except OSError as error:  # a full disk ends no training
+                log.warning("%s could not be written: %s", plan.output, error)
+        self.journal.task(done, _figures(results))
 
 
 class _WatchedScorer(Scorer):
@@ -88,6 +83,7 @@ class _WatchedScorer(Scorer):
 
     def __init__(self, chunks: list[Any], here: World, watch: Supervision) -> None:
         super().__init__(chunks, here)
+        self.is_main = False  # neither progress lines nor files, which `Tasks` writes
         self.watch = watch
 
     def score(self, tokens: NDArray[Any], last: int | None = None) -> Scores:

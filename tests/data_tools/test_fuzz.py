@@ -171,6 +171,7 @@ def test_mutated_inputs(model: str, tokenizer: Tokenizer, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_ten_thousand_mutated_inputs(model: str, tmp_path: Path, capsys) -> None:
     seen = fuzz(10_000, 1, tmp_path, model, load_tokenizer(model))
     with capsys.disabled():

@@ -153,11 +153,11 @@ def test_memory_does_not_grow_with_documents(tmp_path: Path) -> None:
         with open(idx_path, "wb") as stream:
             indexed.write_index(stream, np.uint16, np.ones(count, dtype=np.int32))
         script = (
-            "import resource, sys\n"
+            "import sys\n"
             "from data_tools.merge import merge\n"
             "merge([sys.argv[1]], sys.argv[2])\n"
-            "print(open('/proc/self/status').read().split('RssAnon:')[1].split()[0],"
-            " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+            "status = open('/proc/self/status').read()\n"
+            "print(*(status.split(key)[1].split()[0] for key in ('RssAnon:', 'VmHWM:')))\n"
         )
         command = [sys.executable, "-c", script, str(prefix), f"{prefix}-out"]
         root = Path(__file__).parents[2]

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import pytest
+
 from megatron_ext.config.schema import TaskName
 from megatron_ext.evaluation.retrieval import TASKS
 from tests.conftest import ROOT, environment, metrics, pretrain
@@ -46,9 +48,13 @@ def test_tasks_are_those_of_evaluate_and_change_nothing(config_file: Path, tmp_p
 def test_a_length_too_short_is_refused_before_the_first_step(
     config_file: Path, tmp_path: Path
 ) -> None:
-    printed = pretrain(config_file, *WITH_TASKS, "evaluation.lengths=[32]", code=2)
-    assert "32" in printed and "lines" in printed
-    assert "Traceback" not in printed
+    wrong = [*WITH_TASKS, "evaluation.lengths=[32]"]
+    printed = pretrain(config_file, *wrong, code=2)
+    assert "lines: a prompt of 32 tokens is too short" in printed and "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+    assert "lines: a prompt of 32 tokens is too short" in pretrain(
+        config_file, *wrong, "--check", code=2
+    )
 
 
 def test_an_unknown_task_is_refused(config_file: Path) -> None:
@@ -58,3 +64,27 @@ def test_an_unknown_task_is_refused(config_file: Path) -> None:
 
 def losses(records: list[dict]) -> list[float]:
     return [r[key] for r in records for key in ("loss", "validation_loss") if key in r]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["precision.dtype=bf16", "precision.fp8=tensorwise"], "precision.fp8"),
+        (["parallel.tensor=2", "parallel.sequence=true", "rope.scaling.type=dynamic",
+          "rope.scaling.factor=2", "rope.scaling.original_context_length=32"],
+         "rope.scaling.type=dynamic"),
+    ],
+)  # fmt: skip
+def test_what_takes_texts_of_one_length_only_is_refused(
+    config_file: Path, settings: list[str], said: str
+) -> None:
+    printed = pretrain(config_file, *WITH_TASKS, *settings, "--check", "--world-size", "2", code=2)
+    assert "evaluation.tasks asks for texts of any length" in printed and said in printed
+
+
+def test_a_disk_that_is_full_ends_no_training(config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run/evaluation").mkdir(parents=True)
+    (tmp_path / "run/evaluation/in_training").write_text("no folder: nothing can be written here")
+    printed = pretrain(config_file, *SETTINGS, *WITH_TASKS)
+    assert "perplexity.json could not be written" in printed
+    assert any("lines/400" in record for record in metrics(tmp_path / "run"))
