@@ -26,7 +26,9 @@ TOKENS_A_STEP = {"5M": 4096, "60M": 2048}
 def main() -> None:
     options = parse()
     if options.profile:
-        worker = Worker(options.profile, case_of(options.size[0], options.length[0]))
+        worker = Worker(
+            options.profile, case_of(options.size[0], options.length[0]), options.threads
+        )
         worker.step()
         *rows, (_, whole) = worker.profile()
         for name, spent in sorted(rows, key=lambda row: -row[1])[:30]:
