@@ -60,6 +60,8 @@ logging: {{interval: 1}}
 
 
 def losses(folder: Path, config: Path, *settings: str, gpu: bool = False) -> list[float]:
+    if FP16 in settings and not gpu:
+        pytest.skip("takes minutes on a CPU: tests/training/test_precision.py is smaller")
     pretrain(config, f"training.run_dir={folder / 'run'}", *settings, gpu=gpu)
     return [record["loss"] for record in metrics(folder / "run") if "loss" in record]
 
