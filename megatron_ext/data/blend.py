@@ -63,7 +63,8 @@ def build_datasets(config: Config) -> tuple[Dataset, Dataset]:
         try:
             _open(config, private)
         except BaseException:
-            shutil.rmtree(private, ignore_errors=True)  # megabytes of no use on a full disk
+            if dist.get_rank() == 0:  # who builds it: megabytes of no use on a full disk
+                shutil.rmtree(private, ignore_errors=True)
             raise
         dist.barrier()
         if dist.get_rank() == 0:

@@ -14,9 +14,10 @@ size left there, and at rank 0's, of a start of another size:
 
 Slurm may start a job again before it could reach the node of its earlier life: what is left of the
 same job is waited for. Rank 0 then makes its heartbeat by a link, which of two starts of the same
-moment only one can do, on every file system. Needs no torch.
+moment only one can do, on a file system that has links. Needs no torch.
 """
 
+import logging
 import os
 import socket
 import time
@@ -30,7 +31,10 @@ from megatron_ext.training.heartbeat import (
     is_alive,
     process_of,
     read_heartbeat,
+    this_life,
 )
+
+log = logging.getLogger(__name__)
 
 Beat = dict[str, Any]
 
@@ -38,22 +42,44 @@ _STALE_S = 600.0  # munge, without which no job starts, allows clocks to differ 
 
 
 def refuse_second_start(run_dir: Path, rank: int, size: int, patience_s: float) -> None:
-    """Raise UserError when another start of the run is alive, `patience_s` later if it is of the
-    same Slurm job, which Slurm is about to end. Makes way for the heartbeat of a new rank 0."""
+    """Raise UserError when another start of the run is alive, `patience_s` later if it is of an
+    earlier life of the same Slurm job, which Slurm is about to end. Makes way for the heartbeat of
+    a new rank 0."""
     for number in dict.fromkeys((rank, 0)):
         file = heartbeat_file(run_dir, number)
         beat = read_heartbeat(file)
+        if beat is None and rank == 0:
+            file.unlink(missing_ok=True)  # torn by a power cut: nobody writes half a heartbeat
         if beat is None or (number != rank and beat["size"] == size):
             continue  # rank 0 of this very start may have come first
-        job = os.environ.get("SLURM_JOB_ID")
-        deadline = time.monotonic() + (patience_s if job and job == beat.get("job") else 0.0)
+        earlier_life = this_life()["job"] is not None and (
+            this_life()["job"] == beat.get("job") and this_life()["life"] != beat.get("life")
+        )
+        deadline = time.monotonic() + (patience_s if earlier_life else 0.0)
+        if earlier_life and rank == 0:
+            log.warning("waiting for what is left of this job's earlier life on %s", beat["host"])
         while _goes_on(file, beat):
             beat = read_heartbeat(file) or beat
             if time.monotonic() >= deadline:
                 raise UserError(_in_use(run_dir, beat))
             time.sleep(0.2)
-        if rank == 0 and read_heartbeat(file) == beat:
-            file.unlink(missing_ok=True)
+        if rank == 0:
+            _make_way(run_dir, file, beat)
+
+
+def _make_way(run_dir: Path, file: Path, beat: Beat) -> None:
+    """Remove this very heartbeat; raise UserError when another start of the moment did so first and
+    put its own there."""
+    aside = file.with_suffix(f".{os.getpid()}.old")
+    try:
+        file.rename(aside)
+    except FileNotFoundError:
+        return
+    found = read_heartbeat(aside)
+    if found is not None and found != beat and found["pid"] != beat["pid"]:
+        aside.rename(file)
+        raise UserError(_in_use(run_dir, found))
+    aside.unlink()
 
 
 def _in_use(run_dir: Path, beat: Beat) -> str:

@@ -9,7 +9,7 @@
     size                   ranks of the run
     host, pid, created     the process; `created` (seconds since the epoch) tells it from a later
                            one of the same pid
-    job, every_s           its Slurm job, and seconds between two writings
+    job, life, every_s     its Slurm job, how often that was requeued, seconds between two writings
     stack_fd               descriptor of the open file that SIGUSR2 makes it dump its stacks into
 
 A rank that waits for others keeps writing with an old `since`; one that is stopped, or whose
@@ -20,6 +20,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -57,7 +58,7 @@ class Heartbeat:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "created": psutil.Process().create_time(),
-            "job": os.environ.get("SLURM_JOB_ID"),
+            **this_life(),
             "every_s": every_s,
         }
         self._now: tuple[int | None, str, float] = (None, STARTING[0], time.time())
@@ -104,15 +105,22 @@ class Heartbeat:
             temporary.write_text(json.dumps(content) + "\n")
             if first and self._about["rank"] == 0:
                 _link(temporary, self.file)
-            temporary.replace(self.file)
+                temporary.unlink()
+            else:
+                temporary.replace(self.file)
             return True
         except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             if first:
                 raise
             return False  # a disk that is full later ends no run
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+
+
+def this_life() -> dict[str, str | None]:
+    """The Slurm job that this process belongs to, if any, and how often it was requeued."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return {"job": os.environ.get("SLURM_JOB_ID"), "life": restarts}
 
 
 def heartbeat_file(run_dir: Path, rank: int) -> Path:
@@ -170,7 +178,9 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except FileExistsError:
-        raise
+        if not source.samefile(target):  # NFS may lose the answer to a link that was made
+            raise
     except OSError:  # a file system without links
         if target.exists():
             raise FileExistsError(target) from None
+        shutil.copyfile(source, target)

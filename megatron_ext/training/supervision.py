@@ -187,9 +187,9 @@ class Supervision:
             "rank": self.rank,
             "host": socket.gethostname(),
             "type": type(error).__name__,
-            "message": str(error),
+            "message": text if full else str(error),
         }
-        reason = str(error) if plain else f"rank {self.rank} failed: {type(error).__name__}"
+        reason = text if plain or full else f"rank {self.rank} failed: {type(error).__name__}"
         self._write("failed", reason, requeue=not plain, error=first)
         where = f"rank {self.rank} of {self.size} on {first['host']}: " if self.size > 1 else ""
         told = f"error: {text}" if plain or full else where + text

@@ -38,9 +38,10 @@ from megatron_ext.training.status import State, claim_error, ended_since, write_
 # A signal to the whole job is the ranks' to answer; this process only looks more often for their
 # end, and local rank 0 sends it one when it leaves.
 ANSWERED_BY_RANKS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, DUMP_SIGNAL}
-# Seconds that ranks have to leave by themselves once one of them has failed; and after a good end,
-# or once they have said that they leave, which takes a busy machine a while.
+# Seconds that ranks have to leave by themselves once one of them has failed; once they have said
+# that they leave, which takes a busy machine a while; and after a good end.
 GRACE_S = 10.0
+LEAVING_S = 25.0
 TIDY_S = 60.0
 # Seconds in which the watchdogs of all nodes dump their stacks, before one of them judges.
 DUMPS_S = 3.0
@@ -81,8 +82,8 @@ class Watchdog:
                 return
             if not alive:
                 return
-            leaving = ended_well or all(beat["phase"] == ENDED for beat in alive)
-            grace_s = TIDY_S if leaving else GRACE_S
+            leaving = all(beat["phase"] == ENDED for beat in alive)
+            grace_s = TIDY_S if ended_well else LEAVING_S if leaving else GRACE_S
             if ended_at is not None and time.monotonic() - ended_at > grace_s:
                 self._kill()
                 return

@@ -20,9 +20,11 @@ from tests.training.test_resume import LONG, kill_all, start, wait_for_step
 HOLD = """
 import sys, time
 from pathlib import Path
+from megatron_ext.training.claim import refuse_second_start
 from megatron_ext.training.heartbeat import Heartbeat
 while time.time() < float(sys.argv[2]):
     pass
+refuse_second_start(Path(sys.argv[1]), 0, 1, patience_s=0.0)
 Heartbeat(Path(sys.argv[1]), 0, 1, every_s=0.2).start()
 print("holds", flush=True)
 time.sleep(600)
@@ -87,13 +89,29 @@ def test_earlier_life_of_the_same_job_is_waited_for(
     before = hold(tmp_path)
     assert before.stdout.readline() == "holds\n"
     with pytest.raises(UserError, match=r"job 7\); wait for it, end it \(scancel 7\)"):
-        refuse_second_start(tmp_path, 0, 1, patience_s=0.0)
+        refuse_second_start(tmp_path, 0, 1, patience_s=60.0)  # of the same life: not waited for
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     threading.Timer(1.0, before.kill).start()
     refuse_second_start(tmp_path, 0, 1, patience_s=60.0)
     assert before.wait() != 0
 
 
-def test_of_two_starts_of_one_moment_one_stays(tmp_path: Path) -> None:
+def test_a_heartbeat_torn_by_a_power_cut_is_in_nobodys_way(tmp_path: Path) -> None:
+    file = heartbeat_file(tmp_path, 0)
+    file.parent.mkdir()
+    file.write_text("")
+    again = hold(tmp_path)
+    assert again.stdout.readline() == "holds\n"
+    again.kill()
+
+
+@pytest.mark.parametrize("before", ["nothing", "a start that is over"])
+def test_of_two_starts_of_one_moment_one_stays(tmp_path: Path, before: str) -> None:
+    if before != "nothing":
+        dead = hold(tmp_path)
+        dead.stdout.readline()
+        dead.kill()
+        dead.wait()
     together = time.time() + 1.5
     started = [hold(tmp_path, together) for _ in range(4)]
     said = [process.stdout.readline() for process in started]
@@ -102,4 +120,5 @@ def test_of_two_starts_of_one_moment_one_stays(tmp_path: Path) -> None:
         if line:
             process.kill()
         else:
-            assert "FileExistsError" in process.communicate()[1]
+            refused = process.communicate()[1]
+            assert "FileExistsError" in refused or "is in use" in refused
