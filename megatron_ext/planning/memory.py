@@ -18,8 +18,11 @@ import numpy as np
 
 from megatron_ext.planning.sources import (
     GIB,
-    gathers_inputs,
+    bucket_bytes,
+    defers_output_gradient,
+    gathered_inputs,
     has_megatron_loss,
+    keeps_half_gradients,
     keeps_scores,
     layers_of_stage,
     prints_tensors_only,
@@ -34,8 +37,9 @@ class MemoryConstants:
 
     libraries_gib: float = 0.5
     """CUDA context within the process, NCCL and cuBLAS workspaces."""
-    allocator: float = 1.03
-    """Peak of the allocator, relative to the tensors in it."""
+    allocator: float = 1.1
+    """What the allocator takes for tensors that come and go, relative to them. Weights, gradient
+    buffers and optimizer state are allocated once, without gaps."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,14 @@ class Memory:
 
 def memory(w: Workloads, stage: Column | int, c: MemoryConstants) -> Memory:
     """Of one rank of pipeline stage `stage` (0 .. pp - 1; -1 is the last)."""
+    gathered = gathered_inputs(w)
+    parts = _memory(w, stage, c, gathered)
+    # Who may keep gathered inputs or gather them again does not run out of memory by keeping.
+    too_large = (gathered > 0) & (parts.total > w.gpu.memory_gib * GIB)
+    return _memory(w, stage, c, np.where(too_large, 0, gathered)) if too_large.any() else parts
+
+
+def _memory(w: Workloads, stage: Column | int, c: MemoryConstants, gathered: Column) -> Memory:
     stage = np.where(np.asarray(stage) < 0, w.pp - 1, stage)
     first, last = stage == 0, stage == w.pp - 1
     layers = layers_of_stage(w, stage, layer_parameters(w))
@@ -67,23 +79,27 @@ def memory(w: Workloads, stage: Column | int, c: MemoryConstants) -> Memory:
     # A tied output projection is a copy of the embedding, on the last stage its own.
     tables = first * table + last * np.where((w.pp == 1) & (w.tied > 0), 0, table)
     params = layers * per_layer + tables
-    sharded = np.where(w.zero_stage >= 3, w.dp, 1)
-    grad_bytes = np.where(w.precision == "fp16", 2, 4)
-    weights = 2 * params / sharded + np.where(w.zero_stage >= 3, 2 * 2 * per_layer, 0)
-    gradients = grad_bytes * params / np.where(w.zero_stage >= 2, w.dp, 1)
+    # In a pipeline they stay gathered until the last micro-batch is through.
+    dp_of_weights = np.where((w.zero_stage >= 3) & (w.pp == 1), w.dp, 1)
+    dp_of_gradients = np.where((w.zero_stage >= 2) & (w.pp == 1), w.dp, 1)
+    weights = 2 * params / dp_of_weights + np.where(w.zero_stage >= 3, 2 * 2 * per_layer, 0)
+    grad_bytes = np.where(w.precision == "fp16", 2, 4) + 2 * keeps_half_gradients(w)
+    gradients = grad_bytes * params / dp_of_gradients
     optimizer = 12 * params / np.where(w.zero_stage >= 1, w.dp * w.cp, 1)
 
     tokens = w.micro_batch * w.seq_len / w.cp
-    kept = kept_bytes(w) * tokens
-    whole = layer_bytes(w) * tokens
+    kept = kept_bytes(w, gathered) * tokens
+    whole = layer_bytes(w, gathered) * tokens
     in_flight = micro_batches_in_flight(w, stage)
     activations = in_flight * layers * kept
-    recomputed = np.where(w.recompute == "none", 0, np.maximum(0, whole - kept))
     logits = last * loss_bytes(w, tokens)
+    # A layer is recomputed when the logits are gone: the larger of the two is the peak.
+    recomputed = np.where(w.recompute == "none", 0, np.maximum(0, whole - kept - logits))
     inputs = 2 * tokens * w.hidden
     communication = np.where(w.pp > 1, 2 * inputs, 0) + np.where(w.tp > 1, 2 * inputs, 0)
-    tensors = weights + gradients + optimizer + activations + recomputed + logits + communication
-    allocator = (c.allocator - 1) * tensors + c.libraries_gib * GIB
+    communication = communication + bucket_bytes(w)
+    moving = activations + recomputed + logits
+    allocator = (c.allocator - 1) * moving + c.libraries_gib * GIB
     return Memory(
         weights, gradients, optimizer, activations, recomputed, logits, communication, allocator
     )
@@ -95,16 +111,17 @@ def layer_parameters(w: Workloads) -> Column:
     return 2 * w.hidden**2 + 2 * w.hidden * kv + (2 + w.gated) * w.hidden * w.ffn
 
 
-def layer_bytes(w: Workloads) -> Column:
+def layer_bytes(w: Workloads, gathered: Column | float = 0.0) -> Column:
     """Activations of one layer that its backward pass reads, bytes a token (Korthikanti et al.
-    2022, equations 1 to 4, with the widths of grouped queries and of a gated MLP)."""
+    2022, equations 1 to 4, with the widths of grouped queries and of a gated MLP); `gathered` of
+    its inputs whole, see sources.gathered_inputs."""
     h, kv = w.hidden, w.kv_heads * w.hidden / w.heads
     spread = np.where(w.seq_parallel > 0, w.tp, 1)
     dropout = np.where(w.gated > 0, 0, 2 * h)
     outside = 8 * h + dropout  # inputs and outputs of both norms, and the dropout masks
     inside = 2 * (h + 2 * kv) + 2 * h + np.where(w.gated > 0, 8 * w.ffn + 2 * (h + kv), 4 * w.ffn)
-    gathered = np.where(gathers_inputs(w), 2 * h, 0)
-    return outside / spread + inside / w.tp + gathered + score_bytes(w)
+    inputs = gathered * 2 * h * (1 - 1 / w.tp)
+    return outside / spread + inside / w.tp + inputs + score_bytes(w)
 
 
 def loss_bytes(w: Workloads, tokens: Column) -> Column:
@@ -119,7 +136,7 @@ def loss_bytes(w: Workloads, tokens: Column) -> Column:
 def logit_bytes(w: Workloads) -> Column:
     """Bytes alive for each logit at the loss. PyTorch's cross-entropy: bf16 logits 2, float32 4,
     log-probabilities 4, bf16 gradient 2. Megatron-Core's overwrites the float32 ones in place."""
-    return np.where(has_megatron_loss(w), 6.5, 12.0)
+    return np.where(has_megatron_loss(w), 6.5, 12.0) + 4 * defers_output_gradient(w)
 
 
 def score_bytes(w: Workloads) -> Column:
@@ -128,9 +145,9 @@ def score_bytes(w: Workloads) -> Column:
     return np.where(keeps_scores(w), 5 * w.heads * w.seq_len / w.tp, 0)
 
 
-def kept_bytes(w: Workloads) -> Column:
+def kept_bytes(w: Workloads, gathered: Column | float = 0.0) -> Column:
     """What of it stays until the backward pass, by recompute mode."""
-    whole, scores = layer_bytes(w), score_bytes(w)
+    whole, scores = layer_bytes(w, gathered), score_bytes(w)
     inputs = 2 * w.hidden / np.where(w.seq_parallel > 0, w.tp, 1)
     return np.select(
         [w.recompute == "full", w.recompute == "selective", w.recompute == "selective_block"],

@@ -1,6 +1,6 @@
 """What the published tables mean where their columns do not say it.
 
-    keeps_scores(work); gathers_inputs(work); layers_of_stage(work, stage)
+    keeps_scores(work); gathered_inputs(work); layers_of_stage(work, stage)
     stage, unit = reading(work)          # which rank's memory a source prints, in which bytes
 
 Every rule here is a trap that was found by comparing rows of one source with each other; each says
@@ -37,8 +37,9 @@ def has_fused_kernels(w: Workloads) -> Mask:
 
 
 def has_megatron_loss(w: Workloads) -> Mask:
-    """Whether the cross-entropy is Megatron-Core's, which overwrites its float32 logits."""
-    return contains(w.framework, *FUSED_STACKS, "mcore")
+    """Whether the cross-entropy is Megatron-Core's, which overwrites its float32 logits. Its fused
+    one does not: each of its compiled parts writes a tensor of its own."""
+    return contains(w.framework, *FUSED_STACKS, "mcore") & ~contains(w.model, "loss_fusion")
 
 
 def keeps_scores(w: Workloads) -> Mask:
@@ -55,27 +56,51 @@ def keeps_scores(w: Workloads) -> Mask:
     return np.where(golden, ~fused, w.flash_attn == 0)
 
 
-def gathers_inputs(w: Workloads) -> Mask:
-    """Whether column-parallel layers keep their gathered input (2 h bytes a token, not divided).
+def gathered_inputs(w: Workloads) -> Column:
+    """How many inputs of a layer's column-parallel matmuls are kept gathered (2 h bytes a token).
 
     Megatron-Core gathers again in the backward pass. nanotron's sweep does either, which no column
-    says: without pipeline always, with one at small tensor-parallel sizes, on 512 GPUs never.
+    says: its memory lies in two bands a whole gathered input apart, and runs of the upper one are
+    the fast ones, made again with later code. That was done least for many GPUs, large tp and two
+    stages. Without pipeline both inputs of a layer stay, with one half as much.
     """
-    pipelined = (w.tp <= 4) | ((w.pp >= 4) & (w.tp <= 8) & (w.gpus < 512))
-    return (w.framework == "nanotron") & (w.tp > 1) & ((w.pp == 1) | pipelined)
+    alone = (w.pp == 1) & ((w.gpus < 512) | (w.tp > 16))
+    pipelined = (w.pp > 1) & ((w.tp <= 4) | ((w.pp >= 4) & (w.tp * w.gpus < 4096)))
+    inputs = np.select([alone, pipelined], [2.0, 1.0], 0.0)
+    return np.where((w.framework == "nanotron") & (w.tp > 1), inputs, 0.0)
+
+
+def keeps_half_gradients(w: Workloads) -> Mask:
+    """Whether gradients exist in 16 bits as well, beside their float32 sums: nanotron adds PyTorch's
+    after each backward pass, or keeps them as DistributedDataParallel's buckets."""
+    return (w.framework == "nanotron") & (w.dp > 1)
+
+
+def bucket_bytes(w: Workloads) -> Column:
+    """Buffers of the data-parallel collectives. DeepSpeed's ZeRO: 9 GB at its default bucket size
+    of 5e8 elements (4.5 buckets of 2 bytes for reducing, as many for gathering: its documentation
+    on overlap_comm). Megatron-Core's are the gradients themselves."""
+    buckets = 2 * 4.5 * 5e8 * 2
+    return np.where(contains(w.framework, "deepspeed") & (w.zero_stage > 0), buckets, 0.0)
+
+
+def defers_output_gradient(w: Workloads) -> Mask:
+    """Golden values that compute the output weight's gradient at the end of a step: gradients of
+    logits of two micro-batches more are alive, 2 bytes each."""
+    return (w.source_id == "megatron_golden") & contains(w.model, "defer_embedding_wgrad")
 
 
 def layers_of_stage(w: Workloads, stage: Column, layer_parameters: Column) -> Column:
     """Transformer layers of a stage: what is said of it, else an even share of the rest; but
-    nanotron balances the stages by weights and counts the output projection among them, so the
-    first ones hold more."""
+    nanotron fills a stage until its share of all weights, the output projection among them, is
+    passed, so the first ones hold more."""
     first, last = np.where(w.pp > 1, w.first_layers, 0), np.where(w.pp > 1, w.last_layers, 0)
     said = (first > 0) * 1.0 + (last > 0)
     even = (w.num_layers - first - last) / np.maximum(1, w.pp - said)
     even = np.where((stage == 0) & (first > 0), first, even)
     even = np.where((stage == w.pp - 1) & (last > 0), last, even)
     head = w.vocab * w.hidden / layer_parameters
-    most = np.minimum(np.ceil((w.num_layers + head) / w.pp), w.num_layers)
+    most = np.minimum(np.floor((w.num_layers + head) / w.pp + 1e-9) + 1, w.num_layers)
     rest = np.maximum(1.0, w.num_layers - most * (w.pp - 1))
     balanced = np.where(stage == w.pp - 1, rest, most)
     return np.where((w.framework == "nanotron") & (w.pp > 1), balanced, even)
