@@ -130,7 +130,7 @@ def pretrain(config: Config, watch: Supervision) -> int:
         )
         limit_collectives(config)
         watch.hold(done_steps)
-        journal = Journal(config, here, done_steps, peak)
+        journal = Journal(config, here, done_steps, peak, predicted)
         saver = Saver(config, record, saved_step)
         tasks = Tasks(planned, here, watch, journal)
         done, stopped = train(

@@ -37,7 +37,8 @@ from megatron_ext.planning.workload import Workloads, from_rows
 HUBER = 0.05  # relative error from which a row pulls with constant force
 SOURCE_WEIGHT = -0.25  # a row of a source with n rows weighs n to this power
 CONSTANT_PRIOR = (0.3, 0.003)  # spread of log(constant / default), weight
-SOURCE_PRIOR = (0.15, 0.01)  # the same of the source factors
+SOURCE_PRIOR_TIME = (0.2, 0.01)  # the same of the source factors: stacks differ more in time
+SOURCE_PRIOR_MEMORY = (0.15, 0.01)
 CONSTANTS_FILE = Path(__file__).parents[1] / "megatron_ext" / "planning" / "constants.json"
 
 
@@ -74,6 +75,7 @@ def fit(rows: Measured) -> Constants:
         lambda c: step_time(timed.work, c).total,
         timed.seconds,
         timed.work.source_id,
+        SOURCE_PRIOR_TIME,
     )
     held = rows.where(np.isfinite(rows.memory))
     unit = reading(held.work)[1]
@@ -82,20 +84,25 @@ def fit(rows: Measured) -> Constants:
         lambda c: peak_memory(held.work, c)[1] / unit,
         held.memory,
         held.work.source_id,
+        SOURCE_PRIOR_MEMORY,
     )
     return Constants(time, memory, source_time, source_memory)
 
 
 def _fit(
-    default: Any, predicted: Callable[[Any], Any], measured: Any, source: Any
+    default: Any,
+    predicted: Callable[[Any], Any],
+    measured: Any,
+    source: Any,
+    source_prior: tuple[float, float],
 ) -> tuple[Any, dict[str, float]]:
     names = [f.name for f in fields(default)]
     start = np.log([getattr(default, name) for name in names])
     sources, which = np.unique(source, return_inverse=True)
     weight = np.bincount(which)[which] ** SOURCE_WEIGHT
     n = len(names)
-    spread = np.concatenate([np.full(n, CONSTANT_PRIOR[0]), np.full(len(sources), SOURCE_PRIOR[0])])
-    trust = np.concatenate([np.full(n, CONSTANT_PRIOR[1]), np.full(len(sources), SOURCE_PRIOR[1])])
+    spread = np.concatenate([np.full(n, CONSTANT_PRIOR[0]), np.full(len(sources), source_prior[0])])
+    trust = np.concatenate([np.full(n, CONSTANT_PRIOR[1]), np.full(len(sources), source_prior[1])])
     prior = np.sqrt(trust) / spread
     centre = np.concatenate([start, np.zeros(len(sources))])
 
@@ -224,7 +231,8 @@ def write(path: Path, using: Constants, table_file: Path) -> None:
             "huber": HUBER,
             "source_weight": SOURCE_WEIGHT,
             "constant_prior": CONSTANT_PRIOR,
-            "source_prior": SOURCE_PRIOR,
+            "source_prior_time": SOURCE_PRIOR_TIME,
+            "source_prior_memory": SOURCE_PRIOR_MEMORY,
         },
         "time": rounded(using.time),
         "memory": rounded(using.memory),

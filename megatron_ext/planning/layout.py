@@ -84,6 +84,7 @@ def _row(config: Config, gpus: int, gpu: str) -> dict[str, Any]:
         "hidden": model.hidden_size,
         "heads": model.num_heads,
         "kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
         "ffn": model.ffn_hidden_size,
         "gated": 1,
         "vocab": model.vocab_size,

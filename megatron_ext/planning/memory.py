@@ -107,19 +107,20 @@ def _memory(w: Workloads, stage: Column | int, c: MemoryConstants, gathered: Col
 
 def layer_parameters(w: Workloads) -> Column:
     """Weights of one transformer layer, all tensor-parallel ranks together."""
-    kv = w.kv_heads * w.hidden / w.heads
-    return 2 * w.hidden**2 + 2 * w.hidden * kv + (2 + w.gated) * w.hidden * w.ffn
+    attention = 2 * w.hidden * (w.query_width + w.kv_width)
+    return attention + (2 + w.gated) * w.hidden * w.ffn
 
 
 def layer_bytes(w: Workloads, gathered: Column | float = 0.0) -> Column:
     """Activations of one layer that its backward pass reads, bytes a token (Korthikanti et al.
     2022, equations 1 to 4, with the widths of grouped queries and of a gated MLP); `gathered` of
     its inputs whole, see sources.gathered_inputs."""
-    h, kv = w.hidden, w.kv_heads * w.hidden / w.heads
+    h, query, kv = w.hidden, w.query_width, w.kv_width
     spread = np.where(w.seq_parallel > 0, w.tp, 1)
     dropout = np.where(w.gated > 0, 0, 2 * h)
     outside = 8 * h + dropout  # inputs and outputs of both norms, and the dropout masks
-    inside = 2 * (h + 2 * kv) + 2 * h + np.where(w.gated > 0, 8 * w.ffn + 2 * (h + kv), 4 * w.ffn)
+    mlp = np.where(w.gated > 0, 8 * w.ffn + 2 * (query + kv), 4 * w.ffn)
+    inside = 2 * (query + 2 * kv) + 2 * query + mlp
     inputs = gathered * 2 * h * (1 - 1 / w.tp)
     return outside / spread + inside / w.tp + inputs + score_bytes(w)
 
@@ -167,8 +168,11 @@ def micro_batches_in_flight(w: Workloads, stage: Column) -> Column:
 
 def peak_memory(w: Workloads, c: MemoryConstants) -> tuple[Column, Column]:
     """Bytes of the fullest rank, and of the one that the source of a row reads."""
-    ends = [memory(w, stage, c) for stage in (0, -1)]
-    fullest = np.maximum(*(end.total for end in ends))
-    printed = [e.total - np.where(prints_tensors_only(w), e.allocator, 0) for e in ends]
-    stage, _ = reading(w)
-    return fullest, np.select([stage == 0, stage == -1], printed, np.maximum(*printed))
+    # The second stage may hold more layers than the first; later ones fewer micro-batches.
+    stages = [memory(w, stage, c) for stage in (0, np.minimum(1, w.pp - 1), -1)]
+    fullest = np.maximum.reduce([stage.total for stage in stages])
+    printed = [s.total - np.where(prints_tensors_only(w), s.allocator, 0) for s in stages]
+    which, _ = reading(w)
+    return fullest, np.select(
+        [which == 0, which == -1], [printed[0], printed[-1]], np.maximum.reduce(printed)
+    )

@@ -22,6 +22,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.planning.layout import seconds_by_cause, stage_memory, workload
 from megatron_ext.planning.parameters import count_parameters
 from megatron_ext.planning.prediction import constants
+from megatron_ext.planning.sources import GIB
 from megatron_ext.planning.throughput import step_time
 from megatron_ext.planning.workload import Workloads
 
@@ -120,13 +121,17 @@ def expected_on(device: str, config: Config, gpus: int) -> dict[str, Any] | None
     except Exception as error:
         log.warning("no prediction for %d x %s: %s", gpus, gpu, error)
         return None
+    first = plan.memory_gib[0]
     return {
         "gpu": gpu,
         "step_time_s": plan.step_time_s,
         "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
+        "tflops_per_gpu": plan.tflops_per_gpu,
         "mfu": plan.mfu_full_attention,
         "mfu_causal": plan.mfu_causal_attention,
         "memory_gib": plan.peak_memory_gib,
+        # What a run's journal has: the tensors of rank 0 at their peak, 10^9 bytes.
+        "memory_gb": (sum(first.values()) - first["allocator"]) * GIB / 1e9,
     }
 
 

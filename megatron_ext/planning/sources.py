@@ -76,6 +76,12 @@ def keeps_half_gradients(w: Workloads) -> Mask:
     return (w.framework == "nanotron") & (w.dp > 1)
 
 
+def reduces_everywhere(w: Workloads) -> Mask:
+    """Whether a sharded optimizer's gradients are all-reduced, not reduced and scattered: nanotron
+    does, and gathers the weights all the same."""
+    return w.framework == "nanotron"
+
+
 def bucket_bytes(w: Workloads) -> Column:
     """Buffers of the data-parallel collectives. DeepSpeed's ZeRO: 9 GB at its default bucket size
     of 5e8 elements (4.5 buckets of 2 bytes for reducing, as many for gathering: its documentation
@@ -90,15 +96,27 @@ def defers_output_gradient(w: Workloads) -> Mask:
     return (w.source_id == "megatron_golden") & contains(w.model, "defer_embedding_wgrad")
 
 
+def stage_layers(w: Workloads) -> tuple[Column, Column, Column]:
+    """Transformer layers of the first, a middle and the last pipeline stage: what is said of the
+    ends, else an even share of the rest. Where the layers do not divide but do with two more, the
+    embedding and the output projection count as one each (BLOOM's 70 layers on 12 stages)."""
+    with_ends = (w.num_layers + 2) / w.pp
+    as_layers = (w.num_layers % w.pp != 0) & (with_ends % 1 == 0) & (w.pp > 1)
+
+    def end(said: Column) -> Column:
+        return np.where(w.pp > 1, np.where(as_layers & (said == 0), with_ends - 1, said), 0)
+
+    first, last = end(w.first_layers), end(w.last_layers)
+    ends = (first > 0) * 1.0 + (last > 0)
+    even = (w.num_layers - first - last) / np.maximum(1, w.pp - ends)
+    return np.where(first > 0, first, even), even, np.where(last > 0, last, even)
+
+
 def layers_of_stage(w: Workloads, stage: Column, layer_parameters: Column) -> Column:
-    """Transformer layers of a stage: what is said of it, else an even share of the rest; but
-    nanotron fills a stage until its share of all weights, the output projection among them, is
-    passed, so the first ones hold more."""
-    first, last = np.where(w.pp > 1, w.first_layers, 0), np.where(w.pp > 1, w.last_layers, 0)
-    said = (first > 0) * 1.0 + (last > 0)
-    even = (w.num_layers - first - last) / np.maximum(1, w.pp - said)
-    even = np.where((stage == 0) & (first > 0), first, even)
-    even = np.where((stage == w.pp - 1) & (last > 0), last, even)
+    """Those of one stage; but nanotron fills a stage until its share of all weights, the output
+    projection among them, is passed, so the first ones hold more."""
+    first, middle, last = stage_layers(w)
+    even = np.select([stage == 0, stage == w.pp - 1], [first, last], middle)
     head = w.vocab * w.hidden / layer_parameters
     most = np.minimum(np.floor((w.num_layers + head) / w.pp + 1e-9) + 1, w.num_layers)
     rest = np.maximum(1.0, w.num_layers - most * (w.pp - 1))

@@ -17,7 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ext.planning.memory import layer_parameters
-from megatron_ext.planning.sources import has_fused_kernels, network_gb_per_s
+from megatron_ext.planning.sources import (
+    has_fused_kernels,
+    network_gb_per_s,
+    reduces_everywhere,
+    stage_layers,
+)
 from megatron_ext.planning.workload import GPUS_PER_NODE, Column, Workloads
 
 # Structure, not fitted: which kernels there are follows from the model.
@@ -135,12 +140,8 @@ def step_time(w: Workloads, c: TimeConstants) -> StepTime:
 def _slowest_stage(w: Workloads, head: Column) -> tuple[Column, NDArray[np.bool_]]:
     """Layers of the stage that the others wait for, and whether it is the last one, whose output
     projection takes as long as `head` layers."""
-    pipelined, said = w.pp > 1, (w.first_layers > 0) * 1.0 + (w.last_layers > 0)
-    left = w.num_layers - w.first_layers - w.last_layers
-    share = np.where(pipelined & (w.pp == said), 0, left / np.maximum(1, w.pp - said))
-    even = w.num_layers / w.pp
-    last = np.where(pipelined & (said > 0), np.where(w.last_layers > 0, w.last_layers, share), even)
-    others = np.where(pipelined & (said > 0), np.maximum(w.first_layers, share), even)
+    first, middle, last = stage_layers(w)
+    others = np.where(w.pp > 2, np.maximum(first, middle), first)
     has_head = last + head >= others
     return np.where(has_head, last, others), has_head
 
@@ -160,18 +161,18 @@ class _Layer:
 
 
 def _layer(w: Workloads, c: TimeConstants) -> _Layer:
-    head_dim, hbm = w.hidden / w.heads, _hbm(w)
-    kv = w.kv_heads * head_dim
+    head_dim, query, kv, hbm = w.head_dim, w.query_width, w.kv_width, _hbm(w)
     tokens = w.micro_batch * w.seq_len / w.cp
     matmul = (
-        _matmul(w, c, tokens, (w.hidden + 2 * kv) / w.tp, w.hidden)
-        + _matmul(w, c, tokens, w.hidden, w.hidden / w.tp)
+        _matmul(w, c, tokens, (query + 2 * kv) / w.tp, w.hidden)
+        + _matmul(w, c, tokens, w.hidden, query / w.tp)
         + _matmul(w, c, tokens, w.ffn * (1 + w.gated) / w.tp, w.hidden)
         + _matmul(w, c, tokens, w.hidden, w.ffn / w.tp)
     )
     pairs = w.micro_batch * w.heads / w.tp * w.seq_len**2 / w.cp
     flops = 4 * pairs * head_dim
-    flash = flops / 2 / (w.gpu.attention_tflops * 1e12 * c.attention)  # half: causal
+    rate = w.gpu.attention_tflops * 1e12 * c.attention
+    flash = 4 * pairs * _flash_width(head_dim) / 2 / rate  # half: causal
     # Megatron's fused softmax takes four rows of scores at a time; tensor cores need dimensions
     # divisible by 8, which some of BigScience's trials had not.
     unfused = (w.flash_attn == 0) & ((w.micro_batch * w.heads / w.tp) % 4 != 0)
@@ -179,7 +180,7 @@ def _layer(w: Workloads, c: TimeConstants) -> _Layer:
     plain = crooked * flops / _rate(w, c) + pairs * _SCORE_BYTES * np.where(unfused, 2, 1) / hbm
 
     split = np.where(w.seq_parallel > 0, w.tp, 1)
-    widths = 11 * w.hidden / split + (2 * (w.hidden + 2 * kv) + w.ffn * (2 + w.gated)) / w.tp
+    widths = 11 * w.hidden / split + (2 * (query + 2 * kv) + w.ffn * (2 + w.gated)) / w.tp
     elementwise = np.where(has_fused_kernels(w), 1, c.elementwise) * 2 * tokens * widths / hbm
 
     bandwidth, start = _link(w, c, w.tp, np.ones(len(w)))
@@ -198,6 +199,14 @@ def _layer(w: Workloads, c: TimeConstants) -> _Layer:
         ring=np.where(w.cp > 1, ring, 0),
         launch=c.launch_ms * 1e-3 * kernels,
     )
+
+
+def _flash_width(head_dim: Column) -> Column:
+    """Head dimension that a score of FlashAttention costs as much as at 128: the kernel pads to a
+    multiple of 32, and its softmax takes as long as 14 more (Dao 2023, figure 4: 171 TFLOP/s at 64
+    against 187 at 128)."""
+    padded = 32 * np.ceil(head_dim / 32)
+    return padded + (14 / 128) * (128 - padded)
 
 
 def _matmul(w: Workloads, c: TimeConstants, m: Column, n: Column, k: Column) -> Column:
@@ -256,7 +265,8 @@ def _reduce_gradients(w: Workloads, c: TimeConstants, params: Column) -> Column:
     """All-reduce, or with a sharded optimizer reduce-scatter of gradients and gather of weights."""
     bandwidth, start = _link(w, c, w.dp * w.cp, w.tp)
     gradient = np.where(w.precision == "fp16", 2, 4)
-    moved = params * np.where(w.zero_stage == 0, 2 * gradient, gradient + 2) * (w.dp - 1) / w.dp
+    reduced = np.where((w.zero_stage == 0) | reduces_everywhere(w), 2 * gradient, gradient)
+    moved = params * (reduced + 2 * (w.zero_stage > 0)) * (w.dp - 1) / w.dp
     return np.where((w.dp > 1) & (w.zero_stage < 3), c.dp_exposed * moved / bandwidth + start, 0)
 
 

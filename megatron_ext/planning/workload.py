@@ -69,6 +69,7 @@ class Workloads:
     hidden: Column
     heads: Column
     kv_heads: Column
+    head_dim: Column
     ffn: Column
     gated: Column
     vocab: Column
@@ -97,6 +98,16 @@ class Workloads:
 
     def __len__(self) -> int:
         return len(self.row_id)
+
+    @property
+    def query_width(self) -> Column:
+        """Of all heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> Column:
+        """Of the keys, or of the values."""
+        return self.kv_heads * self.head_dim
 
     @property
     def micro_batches(self) -> Column:
@@ -147,7 +158,8 @@ def read_rows(path: Path, gpu_file: Path | None = None) -> Workloads:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a CSV file") from None
     if not rows:
         raise UserError(f"{path} has no rows: write a header and one workload a line")
-    missing = [c for c in COLUMNS if c not in rows[0] and c not in {*DEFAULTS, "kv_heads", "dp"}]
+    may_lack = {*DEFAULTS, "kv_heads", "head_dim", "dp"}
+    missing = [c for c in COLUMNS if c not in rows[0] and c not in may_lack]
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}: add them to its header")
     return from_rows(rows, gpu_table(gpu_file))
@@ -158,8 +170,8 @@ def from_rows(
 ) -> Workloads:
     """Workloads of dictionaries with the keys COLUMNS, values as numbers or as text.
 
-    Empty values become DEFAULTS, kv_heads heads, dp gpus / (tp pp cp), micro_batch 1 in a pipeline
-    and else at most 4.
+    Empty values become DEFAULTS, kv_heads heads, head_dim hidden / heads, dp gpus / (tp pp cp),
+    micro_batch 1 in a pipeline and else at most 4.
     """
     complete = [_complete(row) for row in rows]
     columns = {
@@ -215,6 +227,8 @@ def _complete(row: Mapping[str, Any]) -> dict[str, Any]:
         elif given != "":
             values[name] = _number(given, name, row)
     values.setdefault("kv_heads", values.get("heads"))
+    if "hidden" in values and "heads" in values:
+        values.setdefault("head_dim", values["hidden"] / values["heads"])
     ranks = values["tp"] * values["pp"] * values["cp"]
     values.setdefault("dp", max(1.0, values.get("gpus", ranks) / ranks))
     if "micro_batch" not in values and "global_batch" in values:

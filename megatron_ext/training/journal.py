@@ -1,6 +1,6 @@
 """The metrics of a run: records for the sinks, and one line that a person can scan.
 
-    journal = Journal(config, here, done_steps, peak)
+    journal = Journal(config, here, done_steps, peak, predicted)
     journal.step(step, result, seconds, data_wait, stalled)
 
 Rank 0 writes; on other ranks nothing happens. What a record holds is in docs/training.md.
@@ -27,11 +27,22 @@ log = logging.getLogger(__name__)
 class Journal:
     """The metrics of one run, from the first step of this start to the last."""
 
-    def __init__(self, config: Config, here: World, done_steps: int, peak: Peak) -> None:
+    def __init__(
+        self,
+        config: Config,
+        here: World,
+        done_steps: int,
+        peak: Peak,
+        predicted: Record | None = None,
+    ) -> None:
+        """predicted: what the planner expects of this layout here, as planning.plan.expected_on
+        has it, to stand beside what is measured."""
         self.config = config
         self.here = here
         self.run_dir = config.training.run_dir
         self.peak = peak
+        self.predicted = predicted
+        self.last: Record = {}  # of a step
         self.first_step = done_steps
         self.started = time.monotonic()
         self.seconds: list[float] = []  # of the steps since the last record
@@ -56,27 +67,27 @@ class Journal:
             tokens_per_s / self.here.size * flops_per_token(self.config, share) / 1e12
             for share in (1.0, 0.5)
         )
-        self._write(
-            {
-                "step": done,
-                "tokens": tokens,
-                "loss": result.loss,
-                "lr": result.lr,
-                "grad_norm": result.grad_norm,
-                "step_time_s": seconds,
-                "step_time_p50_s": percentile(self.seconds, 50),
-                "step_time_p95_s": percentile(self.seconds, 95),
-                "tokens_per_s": tokens_per_s,
-                "tflops_per_gpu": full,
-                "mfu": full / self.peak.tflops if self.peak.tflops else None,
-                "mfu_causal": causal / self.peak.tflops if self.peak.tflops else None,
-                "memory_gb": _memory_gb(self.here.device),
-                "data_wait_s": data_wait,
-                "checkpoint_stall_s": stalled - self.stalled,  # since the record before
-                "skipped": result.skipped,
-                **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
-            }
-        )
+        self.last = {
+            "step": done,
+            "tokens": tokens,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "step_time_s": seconds,
+            "step_time_p50_s": percentile(self.seconds, 50),
+            "step_time_p95_s": percentile(self.seconds, 95),
+            "tokens_per_s": tokens_per_s,
+            "tflops_per_gpu": full,
+            "mfu": full / self.peak.tflops if self.peak.tflops else None,
+            "mfu_causal": causal / self.peak.tflops if self.peak.tflops else None,
+            "memory_gb": _memory_gb(self.here.device),
+            "data_wait_s": data_wait,
+            "checkpoint_stall_s": stalled - self.stalled,  # since the record before
+            "skipped": result.skipped,
+            **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
+            **self._predicted(),
+        }
+        self._write(self.last)
         self.stalled, self.seconds = stalled, []
         # By tokens, as batches may grow.
         rate = (time.monotonic() - self.started) / (tokens - training.tokens_after(self.first_step))
@@ -126,7 +137,23 @@ class Journal:
         return not any(f'"step": {done}, "{figure}"' in record for record in records)
 
     def close(self) -> None:
+        """After the last step: the sinks are whole, and the log has measured beside predicted."""
+        if "predicted_mfu" in self.last:
+            log.info(
+                "step %d  MFU %.1f%%, predicted %.1f%%  memory %.1f GB, predicted %.1f GB",
+                self.last["step"], 100 * self.last["mfu"], 100 * self.last["predicted_mfu"],
+                self.last["memory_gb"], self.last["predicted_memory_gb"],
+            )  # fmt: skip
         self._to_each(lambda sink: sink.close())
+
+    def _predicted(self) -> Record:
+        """MFU as a share of the peak that the measured one is a share of; none without a plan."""
+        if self.predicted is None or not self.peak.tflops:
+            return {}
+        return {
+            "predicted_mfu": self.predicted["tflops_per_gpu"] / self.peak.tflops,
+            "predicted_memory_gb": self.predicted["memory_gb"],
+        }
 
     def _write(self, record: Record) -> None:
         self._to_each(lambda sink: sink.write(record))
