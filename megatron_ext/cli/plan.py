@@ -111,6 +111,10 @@ def _record(choice: Choice) -> dict[str, object]:
     return {
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
+        "virtual_pipeline": parallel.virtual_pipeline,
+        "first_stage_layers": parallel.first_stage_layers,
+        "last_stage_layers": parallel.last_stage_layers,
+        "context": parallel.context,
         "sequence": parallel.sequence,
         "micro_batch_size": training.micro_batch_size,
         "recompute": training.recompute,

@@ -4,23 +4,31 @@
     choices[0].config.parallel, choices[0].step_time_s, reason(choices)
     print(parallel_section(choices[0]))         # lines for the config file
 
-Tried are tensor and pipeline sizes that the rules of a config allow, micro-batches that divide the
-batch and recompute modes; sequence parallelism wherever there is tensor parallelism, as it costs
-nothing, and the sharded optimizer; context parallelism stays as the config has it, and stages are
-even and not interleaved. Refuses (UserError) a batch that no layout divides.
+Tried are all tensor, context and pipeline sizes that the rules of a config allow, stages of up to
+four chunks (interleaved), stages that count the embedding and the output projection as a layer
+each, micro-batches that divide the batch, and recompute; sequence parallelism wherever there is
+tensor parallelism, as it costs nothing, and the sharded optimizer. Refuses (UserError) a batch that
+no layout divides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_ext.config import Config
-from megatron_ext.config.rules import check_context, check_layout, check_tensor, divisors
+from megatron_ext.config.rules import (
+    check_context,
+    check_layout,
+    check_pipeline,
+    check_tensor,
+    divisors,
+)
 from megatron_ext.errors import ConfigError, UserError
 from megatron_ext.model.kernels import loss_chunk
 from megatron_ext.planning.memory import memory, peak_memory
@@ -31,6 +39,7 @@ from megatron_ext.planning.workload import GPUS_PER_NODE, Workloads, from_rows, 
 
 # Selective recompute repeats the attention core, which flash attention does not keep anyway.
 _RECOMPUTE = ("none", "full")
+_MOST_CHUNKS = 4  # of a stage: a quarter of the bubble, four times its messages
 _LARGEST_MICRO_BATCH = 16
 _ROOM = 0.95  # of the GPU's memory: the prediction's own error stays free
 
@@ -50,11 +59,14 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """As `TP2 PP1 micro-batch 4`."""
+        """As `TP2 PP4 x2 micro-batch 4`: four stages of two chunks each."""
         parallel, training = self.config.parallel, self.config.training
+        chunks = f" x{parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
+        ends = f" ends {parallel.last_stage_layers}" if parallel.last_stage_layers else ""
+        context = f" CP{parallel.context}" if parallel.context > 1 else ""
         recompute = "" if training.recompute == "none" else f", recompute {training.recompute}"
         return (
-            f"TP{parallel.tensor} PP{parallel.pipeline} micro-batch "
+            f"TP{parallel.tensor} PP{parallel.pipeline}{chunks}{ends}{context} micro-batch "
             f"{training.micro_batch_size}{recompute}"
         )
 
@@ -143,42 +155,55 @@ def seconds_by_cause(parts: StepTime, row: int) -> dict[str, float]:
 
 def layouts(config: Config, gpus: int) -> Iterator[Config]:
     """Configs that differ in layout, micro-batch and recompute, and break no rule."""
-    for tensor in divisors(GPUS_PER_NODE):
-        for pipeline in divisors(config.model.num_layers):
-            ranks = tensor * pipeline * config.parallel.context
-            if gpus % ranks:
-                continue
-            share = config.training.global_batch_size * ranks // gpus
-            for micro_batch in divisors(share) if share else []:
-                if micro_batch > _LARGEST_MICRO_BATCH:
-                    break
-                for recompute in _RECOMPUTE:
-                    one = _with(config, tensor, pipeline, micro_batch, recompute)
-                    if _is_allowed(one, gpus):
-                        yield one
+    sizes = divisors(GPUS_PER_NODE)
+    for tensor, context, stages in product(sizes, sizes, _stages(config.model.num_layers)):
+        parallel = config.parallel.model_copy(
+            update={
+                "tensor": tensor,
+                "context": context,
+                "sequence": tensor > 1,
+                "distributed_optimizer": True,
+                **stages,
+            }
+        )
+        if gpus % parallel.model_ranks:
+            continue
+        share = config.training.global_batch_size * parallel.model_ranks // gpus
+        micro_batches = [n for n in divisors(share) if n <= _LARGEST_MICRO_BATCH] if share else []
+        for micro_batch, recompute in product(micro_batches, _RECOMPUTE):
+            training = config.training.model_copy(
+                update={"micro_batch_size": micro_batch, "recompute": recompute}
+            )
+            one = config.model_copy(update={"parallel": parallel, "training": training})
+            if _is_allowed(one, gpus):
+                yield one
 
 
-def _with(config: Config, tensor: int, pipeline: int, micro_batch: int, recompute: str) -> Config:
-    parallel = config.parallel.model_copy(
-        update={
-            "tensor": tensor,
-            "pipeline": pipeline,
-            "virtual_pipeline": 1,
-            "first_stage_layers": None,
-            "last_stage_layers": None,
-            "sequence": tensor > 1,
-            "distributed_optimizer": True,
-        }
-    )
-    training = config.training.model_copy(
-        update={"micro_batch_size": micro_batch, "recompute": recompute}
-    )
-    return config.model_copy(update={"parallel": parallel, "training": training})
+def _stages(layers: int) -> Iterator[dict[str, int | None]]:
+    """Ways to cut the layers: even stages, whole or in chunks, and ends with a layer less."""
+    for pipeline in divisors(layers):
+        for chunks in divisors(layers // pipeline):
+            if chunks == 1 or (1 < chunks <= _MOST_CHUNKS and pipeline > 1):
+                yield _cut(pipeline, chunks, None)
+    for pipeline in divisors(layers + 2):
+        each = (layers + 2) // pipeline
+        if pipeline > 2 and each > 1:
+            yield _cut(pipeline, 1, each - 1)
+
+
+def _cut(pipeline: int, chunks: int, ends: int | None) -> dict[str, int | None]:
+    return {
+        "pipeline": pipeline,
+        "virtual_pipeline": chunks,
+        "first_stage_layers": ends,
+        "last_stage_layers": ends,
+    }
 
 
 def _is_allowed(config: Config, gpus: int) -> bool:
     try:
         check_tensor(config)
+        check_pipeline(config)
         check_context(config)
         check_layout(config, gpus)
     except ConfigError:
@@ -194,10 +219,7 @@ def reason(choices: list[Choice]) -> str:
             f"nothing fits; {best.name} is the fastest and needs {best.memory_gib:.0f} GiB: take "
             "more or larger GPUs"
         )
-    same = (best.config.parallel.tensor, best.config.parallel.pipeline)
-    rival = next(
-        (o for o in others if (o.config.parallel.tensor, o.config.parallel.pipeline) != same), None
-    )
+    rival = next((o for o in others if o.config.parallel != best.config.parallel), None)
     text = f"{best.name} fits with {best.memory_gib:.0f} GiB and takes {best.step_time_s:.2f} s"
     if rival is None:
         return f"{text}; no other division is allowed"
@@ -226,9 +248,9 @@ def parallel_section(choice: Choice, gpus: int) -> str:
         f"  world_size: {gpus}\n"
         f"  tensor: {parallel.tensor}\n"
         f"  pipeline: {parallel.pipeline}\n"
-        "  virtual_pipeline: 1\n"
-        "  first_stage_layers: null\n"
-        "  last_stage_layers: null\n"
+        f"  virtual_pipeline: {parallel.virtual_pipeline}\n"
+        f"  first_stage_layers: {parallel.first_stage_layers or 'null'}\n"
+        f"  last_stage_layers: {parallel.last_stage_layers or 'null'}\n"
         f"  context: {parallel.context}\n"
         f"  sequence: {yes(parallel.sequence)}\n"
         f"  distributed_optimizer: {yes(parallel.distributed_optimizer)}\n"

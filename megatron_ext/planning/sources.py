@@ -71,7 +71,7 @@ def gathered_inputs(w: Workloads) -> Column:
 
 
 def keeps_half_gradients(w: Workloads) -> Mask:
-    """Whether gradients exist in 16 bits as well, beside their float32 sums: nanotron adds PyTorch's
+    """Whether gradients exist in 16 bits as well, beside their float32 sums: nanotron adds them up
     after each backward pass, or keeps them as DistributedDataParallel's buckets."""
     return (w.framework == "nanotron") & (w.dp > 1)
 

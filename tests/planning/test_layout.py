@@ -35,19 +35,49 @@ def test_the_first_choice_is_the_fastest_that_fits() -> None:
 
 
 def test_every_allowed_division_is_tried() -> None:
-    config = load_config(LLAMA_2B, [])
-    tried = {
-        (c.config.parallel.tensor, c.config.parallel.pipeline, c.config.training.micro_batch_size)
-        for c in search(config, 64, "h100")
+    config = load_config(LLAMA_2B, ["model.num_layers=30"])
+    tried = set()
+    choices = search(config, 64, "h100")
+    for choice in choices[::100]:
+        validate(choice.config, 64)
+    for choice in choices:
+        parallel = choice.config.parallel
+        tried.add(
+            (
+                parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline,
+                parallel.last_stage_layers, choice.config.training.micro_batch_size,
+            )
+        )  # fmt: skip
+        assert parallel.first_stage_layers == parallel.last_stage_layers
+    even = {
+        (p, v, None) for p in (2, 3, 5, 6, 10, 15, 30) for v in (1, 2, 3, 4) if 30 % (p * v) == 0
     }
-    expected = {
-        (t, p, b)
-        for t in (1, 2, 4, 8)  # of the 16 heads, within a node
-        for p in (1, 2, 4, 8, 16, 32)  # of the 32 layers
+    with_ends = {(4, 1, 7), (8, 1, 3), (16, 1, 1)}  # of 30 layers and two more
+    sizes = (1, 2, 4, 8)
+    assert tried == {
+        (t, c, *stages, b)
+        for t in sizes  # of the 16 heads, within a node
+        for c in sizes
+        for stages in ({(1, 1, None)} | even | with_ends)
         for b in range(1, 17)
-        if 64 % (t * p) == 0 and 1024 % (64 // (t * p) * b) == 0
+        if 64 % (t * c * stages[0]) == 0
+        and 1024 % (64 // (t * c * stages[0]) * b) == 0
+        # Megatron-Core's interleaved schedule takes micro-batches by the number of stages.
+        and (stages[1] == 1 or 1024 // (64 // (t * c * stages[0]) * b) % stages[0] == 0)
     }
-    assert tried == expected
+
+
+def test_long_sequences_are_split_and_deep_pipelines_interleaved() -> None:
+    long = ["training.sequence_length=131072", "parallel.context=4", "rope.bound=warn"]
+    config = load_config(LLAMA_2B, [*long, "training.micro_batch_size=1"])
+    best = search(config, 128, "a100-80gb")[0]
+    assert best.config.parallel.context > 1
+    assert f"CP{best.config.parallel.context}" in best.name
+    wide = ["model.hidden_size=8192", "model.ffn_hidden_size=28672", "model.num_heads=64"]
+    deep = ["model.num_kv_heads=8", "model.num_layers=80", "training.global_batch_size=2048"]
+    choices = search(load_config(LLAMA_2B, [*wide, *deep]), 1024, "h100")
+    assert choices[0].config.parallel.virtual_pipeline > 1
+    assert "pipeline bubble" in reason(choices)
 
 
 def test_a_model_too_large_for_the_gpus_is_said_so() -> None:
@@ -65,13 +95,24 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 
 
 def test_the_written_section_loads_as_the_layout(tmp_path: Path) -> None:
-    choices = search(load_config(LLAMA_2B, []), 128, "a100-40gb")
-    file = tmp_path / "best.yaml"
-    file.write_text(f"base: {LLAMA_2B}\n" + parallel_section(choices[0], 128))
-    loaded = load_config(file, [])
-    expected = choices[0].config
-    assert loaded.parallel == expected.parallel.model_copy(update={"world_size": 128})
-    assert loaded.training.micro_batch_size == expected.training.micro_batch_size
+    config = load_config(LLAMA_2B, ["model.num_layers=30"])
+    choices = search(config, 128, "a100-40gb")
+    plain, interleaved, uneven = (
+        next(c for c in choices if holds(c.config.parallel))
+        for holds in (
+            lambda p: p.pipeline == 1,
+            lambda p: p.virtual_pipeline > 1 and p.context > 1,
+            lambda p: p.last_stage_layers,
+        )
+    )
+    for choice in (plain, interleaved, uneven):
+        file = tmp_path / "best.yaml"
+        section = parallel_section(choice, 128)
+        file.write_text(f"base: {LLAMA_2B}\n{section}model:\n  num_layers: 30\n")
+        loaded = load_config(file, [])
+        expected = choice.config
+        assert loaded.parallel == expected.parallel.model_copy(update={"world_size": 128})
+        assert loaded.training.micro_batch_size == expected.training.micro_batch_size
 
 
 def test_flops_are_those_that_a_run_logs() -> None:

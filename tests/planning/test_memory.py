@@ -98,3 +98,43 @@ def test_layer_parameters_of_a_llama_with_grouped_queries() -> None:
     # Llama 3 8B: 4 heads x 1024, three matrices 4096 x 14336.
     work = row(hidden=4096, heads=32, kv_heads=8, ffn=14336, gated=1)
     assert layer_parameters(work)[0] == 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+
+
+def test_heads_may_be_wider_than_the_model() -> None:
+    # Gemma-like: 16 heads of 256 on a width of 2048; q, k, v and the output are twice as large.
+    wide, plain = row(head_dim=256), row()
+    assert layer_parameters(wide)[0] - layer_parameters(plain)[0] == 4 * H**2
+    assert (kept_bytes(wide) - kept_bytes(plain))[0] == 8 * H  # q, k, v and what comes of them
+
+
+def test_only_what_comes_and_goes_leaves_gaps() -> None:
+    c = MemoryConstants(libraries_gib=0, allocator=1.25)
+    parts = memory(row(), 0, c)
+    assert parts.allocator[0] == pytest.approx(0.25 * (parts.activations + parts.logits)[0])
+    assert memory(row(micro_batch=8), 0, c).allocator[0] == pytest.approx(2 * parts.allocator[0])
+
+
+def test_a_layer_is_recomputed_when_the_logits_are_gone() -> None:
+    parts = memory(row(recompute="full"), 0, MemoryConstants())
+    tokens = 4 * S
+    layer = (layer_bytes(row())[0] - 2 * H) * tokens
+    assert (parts.recomputed_layer + parts.logits)[0] == max(layer, 6.5 * tokens * 51200)
+
+
+def test_stages_that_count_the_embedding_have_a_layer_less_at_the_ends() -> None:
+    # BLOOM: 70 layers on 12 stages are 5 + 10 x 6 + 5.
+    work = row(num_layers=70, pp=12, tp=1, dp=1, global_batch=4)
+    stages = [memory(work, stage, MemoryConstants()) for stage in range(12)]
+    table = 2 * 51200 * H
+    weights = [round(float(s.weights[0]) - table * (i in (0, 11))) for i, s in enumerate(stages)]
+    assert [w / (2 * 12 * H**2) for w in weights] == [5, *[6] * 10, 5]
+
+
+def test_sharded_weights_stay_whole_in_a_pipeline() -> None:
+    def held(pp: int) -> float:
+        parts = memory(row(pp=pp, dp=8 // pp, zero_stage=3), 1 if pp > 2 else 0, MemoryConstants())
+        return float((parts.weights + parts.gradients)[0])
+
+    layers = 24 // 4 * 12 * H**2  # of a middle stage
+    assert held(4) == 6 * layers + 4 * 12 * H**2
+    assert held(1) < held(4)

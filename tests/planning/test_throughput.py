@@ -66,6 +66,24 @@ def test_tensor_parallelism_across_nodes_is_slower_than_within() -> None:
     assert across > within
 
 
+def test_narrow_heads_cost_more_a_flop() -> None:
+    # Dao 2023, figure 4 (A100, causal, forward and backward): 171 TFLOP/s at 64, 187 at 128.
+    def attention(heads: int, head_dim: int) -> float:
+        work = row(flash_attn=1, heads=heads, head_dim=head_dim)
+        return float(step_time(work, TimeConstants()).attention[0])
+
+    assert attention(32, 64) / attention(16, 128) == pytest.approx(187 / 171, rel=0.02)
+    # 80 are padded to 96.
+    assert attention(16, 80) == pytest.approx(attention(16, 96))
+
+
+def test_the_stage_with_the_output_projection_is_waited_for() -> None:
+    # As many layers in sum; two fewer on the last stage make room for its 250,000 logits.
+    even = seconds(pp=4, dp=2, vocab=250880)
+    assert seconds(pp=4, dp=2, vocab=250880, last_layers=3) < even
+    assert seconds(pp=4, dp=2, vocab=250880, last_layers=9) > even
+
+
 def test_a_table_is_its_rows() -> None:
     one = [seconds(micro_batch=b) for b in (1, 2, 4)]
     from megatron_ext.planning.workload import from_rows
