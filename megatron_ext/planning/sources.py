@@ -71,9 +71,11 @@ def gathered_inputs(w: Workloads) -> Column:
 
 
 def keeps_half_gradients(w: Workloads) -> Mask:
-    """Whether gradients exist in 16 bits as well, beside their float32 sums: nanotron adds them up
-    after each backward pass, or keeps them as DistributedDataParallel's buckets."""
-    return (w.framework == "nanotron") & (w.dp > 1)
+    """Whether gradients exist in 16 bits as well, beside their float32 sums: DeepSpeed's bf16
+    optimizer keeps both; nanotron adds PyTorch's up after each backward pass, or has them in
+    DistributedDataParallel's buckets."""
+    deepspeed = contains(w.framework, "deepspeed") & (w.precision == "bf16")
+    return deepspeed | ((w.framework == "nanotron") & (w.dp > 1))
 
 
 def reduces_everywhere(w: Workloads) -> Mask:
@@ -84,8 +86,9 @@ def reduces_everywhere(w: Workloads) -> Mask:
 
 def bucket_bytes(w: Workloads) -> Column:
     """Buffers of the data-parallel collectives. DeepSpeed's ZeRO: 9 GB at its default bucket size
-    of 5e8 elements (4.5 buckets of 2 bytes for reducing, as many for gathering: its documentation
-    on overlap_comm). Megatron-Core's are the gradients themselves."""
+    of 5e8 elements (4.5 buckets of 2 bytes for reducing, as many for gathering, which its users are
+    told to count with overlap_comm; BigScience's rows lack about as much without it). Megatron-
+    Core's are the gradients themselves."""
     buckets = 2 * 4.5 * 5e8 * 2
     return np.where(contains(w.framework, "deepspeed") & (w.zero_stage > 0), buckets, 0.0)
 

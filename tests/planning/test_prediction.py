@@ -100,5 +100,7 @@ def test_published_step_times_and_memory_are_met() -> None:
     assert np.quantile(wrong, 0.95) < 0.17
     held = np.array(["mem" in r["use"] and bool(r["mem_gb"]) for r in rows])
     memory = np.array([float(r["mem_gb"] or "nan") for r in rows])
-    assert np.median(np.abs(answer.memory_gb / memory - 1)[held]) < 0.055
+    wrong = np.abs(answer.memory_gb / memory - 1)[held]
+    assert np.median(wrong) < 0.05
+    assert np.quantile(wrong, 0.95) < 0.24
     assert answer.fits[held].mean() > 0.93
