@@ -88,7 +88,9 @@ def test_output_that_a_job_still_makes_is_refused_however_it_is_written(
         cluster.wait(job)
     other = submit(cluster, tmp_path / "others")
     assert other.returncode == 0, other.stderr
-    cluster.run("scancel", *re.findall(r"^job (\d+)", other.stdout, re.M))
+    for job in re.findall(r"^job (\d+)", other.stdout, re.M):
+        cluster.run("scancel", job)
+        cluster.wait(job)
 
 
 def submit(cluster: Cluster, output: Path | str) -> subprocess.CompletedProcess[str]:
