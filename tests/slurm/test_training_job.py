@@ -131,13 +131,14 @@ def test_time_limit_saves_before_it_comes_requeues_and_goes_on(
     short = ("--time=2", "--signal=B:USR1@45")
     job = sbatch(cluster, run_dir, training, "training.steps=20000", options=short)
     wait_for_step(cluster, run_dir, job, 3)
-    cluster.until(lambda: cluster.job(job)["JobState"] == "PENDING", "the job is queued again")
-    (life,) = journal.read(run_dir)
-    assert life.ended["action"] == "requeue" and life.ended["checkpoint"] == life.ended["step"]
+    life = len(journal.read(run_dir)) - 1  # a slow machine may need a life to start at all
+    cluster.until(lambda: bool(journal.read(run_dir)[life].ended), "the limit comes near")
+    ended = journal.read(run_dir)[life].ended
+    assert ended["action"] == "requeue" and ended["checkpoint"] == ended["step"] >= 3
     assert "got SIGUSR1" in log_of(run_dir, job) and "DUE TO TIME LIMIT" not in log_of(run_dir, job)
-    wait_for_step(cluster, run_dir, job, life.ended["step"] + 3)
+    wait_for_step(cluster, run_dir, job, ended["step"] + 3)
     cluster.run("scancel", job)
-    assert cluster.wait(job)["Restarts"] == "1"
+    assert int(cluster.wait(job)["Restarts"]) > life
     steps = [step for step, *_ in numbers(run_dir)]
     assert steps == list(range(1, len(steps) + 1))
 
