@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,11 @@ from tests.slurm.conftest import (
 
 
 @pytest.fixture(autouse=True)
-def same_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process asks Slurm, it asks this cluster."""
+def same_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What this process asks Slurm, it asks this cluster; a test that fails leaves no job there."""
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    yield
+    cluster.run("scancel", f"--user={os.getuid()}")
 
 
 def state(run_dir: Path) -> RunState:
