@@ -28,12 +28,14 @@ _CURVE_POINTS = 700  # of a B_m curve: more than a screen shows
 
 
 def draw(runs: Sequence[Run], threshold: float = THRESHOLD) -> list[Figure]:
-    """Every figure that the runs have data for."""
+    """Every figure that the runs have data for, the answer first."""
+    tasks = tasks_of(runs)
     found = [
-        loss_curves(runs), bound_curves(runs),
-        effective_context_figure(runs, threshold), *heat_maps(runs),
-        *(by_distance(runs, task) for task in tasks_of(runs)),
+        effective_context_figure(runs, threshold),
+        *(by_distance(runs, task) for task in tasks), *heat_maps(runs),
+        bound_curves(runs),
         perplexity(runs), context_law(runs), loss_by_position(runs),
+        loss_curves(runs),
     ]  # fmt: skip
     return [drawn for drawn in found if drawn is not None]
 

@@ -195,14 +195,23 @@ def _comparison(runs: Sequence[Run]) -> list[str]:
 
 
 def _best_and_worst(runs: Sequence[Run]) -> list[str]:
-    losses = {run.name: run.validation[-1]["validation_loss"] for run in runs if run.validation}
-    if len(losses) < 2:
-        return []
-    best, worst = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
-    return [
-        f"The least validation loss is that of {best} ({losses[best]:.3f}), the greatest that of "
-        f"{worst} ({losses[worst]:.3f}), a difference of {losses[worst] - losses[best]:.3f}."
-    ]
+    """Of the runs that read the same tokens: validation draws its batches by the seed, too."""
+    alike: dict[str | None, dict[str, float]] = {}
+    for run in runs:
+        if run.validation:
+            loss = run.validation[-1]["validation_loss"]
+            alike.setdefault(run.fingerprint, {})[run.name] = loss
+    said = []
+    for losses in alike.values():
+        best, worst = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
+        if best != worst:
+            said.append(
+                f"The least validation loss is that of {best} ({losses[best]:.3f}), the greatest "
+                f"that of {worst} ({losses[worst]:.3f}), a difference of "
+                f"{losses[worst] - losses[best]:.3f}"
+                + ("." if len(alike) == 1 else ", among those that read the same tokens.")
+            )
+    return said
 
 
 def _data_remark(groups: Sequence[Arm]) -> str:
