@@ -6,8 +6,8 @@
 Everything is made of what a machine with Python has: the texts are the interpreter's standard
 library and its language reference (`demo_corpus`), and the others are prompts of the task passkey
 with their answers, drawn by a fixed seed. So a tiny model is asked in the words that it was trained
-on, for numbers that it has never seen. The same interpreter gives the same files; finished ones are
-left alone. Exit codes: 0, 1 when a step failed.
+on, for numbers that only the prompt can tell. The same interpreter gives the same files; finished
+ones are left alone. Exit codes: 0, 1 when a step failed.
 """
 
 import argparse
