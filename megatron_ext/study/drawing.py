@@ -20,6 +20,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
 
 # The light page's colours; in the SVG each becomes the CSS variable of the same name.
 INK, MUTED, GRID = "#1b1f24", "#5b6570", "#dfe3e8"
@@ -71,7 +72,7 @@ def figure(
 ) -> Figure:  # fmt: skip
     """Draw by `paint(canvas, wide)` at both widths; heights are CSS pixels."""
 
-    def render(width: int, height: int, **how: Any) -> bytes:
+    def render(width: int, height: int, alone: bool = False, **how: Any) -> bytes:
         style: Any = {
             "font.size": 11 if width == _WIDE else 10.5,
             "font.family": "sans-serif",
@@ -97,6 +98,8 @@ def figure(
             # 72 units an inch is matplotlib's SVG: a font of 11 is 11 CSS pixels.
             canvas = Canvas(figsize=(width / 72, height / 72), layout="constrained")
             paint(canvas, width == _WIDE)
+            if alone:  # the page has its legend above the drawing
+                _add_legend(canvas, legend)
             stream = io.BytesIO()
             canvas.savefig(stream, **how)
         return stream.getvalue()
@@ -105,9 +108,25 @@ def figure(
         return render(width, height, format="svg", transparent=True, metadata={"Date": None})
 
     wide, narrow = svg(_WIDE, wide_height), svg(_NARROW, narrow_height)
-    png = render(_WIDE, wide_height, format="png", dpi=160)
+    alone = wide_height + 14 * len(legend)
+    png = render(_WIDE, alone, alone=True, format="png", dpi=160)
+    file = render(_WIDE, alone, alone=True, format="svg", metadata={"Date": None})
     pages = for_page(wide.decode(), title), for_page(narrow.decode(), title)
-    return Figure(name, title, caption, *pages, png, wide, table, legend)
+    return Figure(name, title, caption, *pages, png, file, table, legend)
+
+
+def _add_legend(canvas: Canvas, legend: Sequence[tuple[str, str]]) -> None:
+    """For a file that stands alone. Shades of the heat maps are left to the page."""
+    colors = {variable: color for color, variable in _VARIABLES.items()}
+    handles = []
+    for background, text in legend:
+        color = re.search(r"var\(--([\w-]+)\)", background)
+        if color and "color-mix" not in background:
+            dashes = DASHES[1] if "gradient" in background else "-"
+            handles.append(Line2D([], [], color=colors[color[1]], ls=dashes, lw=2.5, label=text))
+    if handles:
+        columns = 2 if len(handles) > 3 else 1
+        canvas.legend(handles=handles, loc="outside upper left", frameon=False, ncols=columns)
 
 
 def swatch(k: int) -> str:
