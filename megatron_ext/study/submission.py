@@ -128,16 +128,21 @@ def _without_gpus(options: Sequence[str]) -> list[str]:
 
 
 def _evaluated(arm: Arm, options: Sequence[str]) -> bool:
-    """Whether the results of the last step hold every length; False where options leave it open."""
+    """Whether the results of the last step hold every length that the task can have; False where
+    options leave it open."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--tasks", default="perplexity")
     parser.add_argument("--lengths", default="")
     asked, _ = parser.parse_known_args(list(options))
-    lengths = set(asked.lengths.split(","))
+    if not asked.lengths:
+        return False
+    lengths = {int(length) for length in asked.lengths.split(",")}
     for task in asked.tasks.split(","):
         results = read_json(arm.run_dir / "evaluation" / f"{task}.json") or {}
-        known = {str(entry["length"]) for entry in results.get("lengths", [])}
+        known = {entry["length"] for entry in results.get("lengths", [])}
         step = (results.get("checkpoint") or {}).get("step") or 0
-        if not lengths <= known or step < arm.config.training.steps:
+        # Shortest first, and without those that the task's own text overfills, are retrieval's.
+        least = 0 if task == "perplexity" else min(known, default=0)
+        if not {n for n in lengths if n >= least} <= known or step < arm.config.training.steps:
             return False
     return True

@@ -1,5 +1,6 @@
 """A sweep as jobs: which, with which options of sbatch, and none of them twice."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -70,6 +71,28 @@ def test_what_is_there_is_not_made_again(sweep_file: Path, no_slurm: None) -> No
     assert planned(sweep, arm) == ["evaluate"]
     write_perplexity(arm.run_dir, 3, {64: 5.0, 128: 5.0})
     assert planned(sweep, arm) == ["evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("measured", "left"), [([128, 256], []), ([64, 128], ["evaluate"]), ([], ["evaluate"])]
+)
+def test_lengths_that_a_task_overfills_are_not_asked_for_again(
+    sweep_file: Path, no_slurm: None, measured: list[int], left: list[str]
+) -> None:
+    text = sweep_file.read_text()
+    asked = '[--tasks, "passkey", --lengths, "64,128,256"]'
+    sweep_file.write_text(text[: text.index("evaluate:")] + f"evaluate: {asked}\n")
+    sweep = read_sweep(sweep_file)
+    arm = sweep.arms[0]
+    finish(arm)
+    results = {
+        "checkpoint": {"step": arm.config.training.steps},
+        "lengths": [{"length": length} for length in measured],
+    }
+    file = arm.run_dir / "evaluation" / "passkey.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(results))
+    assert planned(sweep, arm) == left
 
 
 def test_only_training_gets_many_nodes_and_only_evaluation_a_gpu_beside_it(
