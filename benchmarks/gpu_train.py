@@ -88,11 +88,17 @@ def main() -> None:
         if time.monotonic() - started > 60 * options.minutes:
             print(f"\n{name}: left out, {options.minutes:g} minutes are over")
             continue
-        measured = measure(case, options)
+        try:
+            measured = measure(case, options)
+        except RuntimeError as error:  # out of memory, say: the other cases can still be had
+            print(f"\n{name}: failed: {error}", flush=True)
+            continue
         found[name] = report(name, case, measured, options.toy)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=2))
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+    if not found:
+        sys.exit(1)
 
 
 def machine(toy: bool) -> str:

@@ -25,7 +25,10 @@ from megatron_ext.config import Config
 from megatron_ext.config.rules import (
     check_context,
     check_layout,
+    check_overlap,
     check_pipeline,
+    check_precision,
+    check_tasks,
     check_tensor,
     divisors,
 )
@@ -206,6 +209,9 @@ def _is_allowed(config: Config, gpus: int) -> bool:
         check_pipeline(config)
         check_context(config)
         check_layout(config, gpus)
+        check_precision(config)
+        check_overlap(config)
+        check_tasks(config)
     except ConfigError:
         return False
     return True

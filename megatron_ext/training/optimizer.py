@@ -49,8 +49,16 @@ def build_optimizer(model: list[DistributedDataParallel], config: Config) -> Meg
 def _take_torch_adamw(part: MegatronOptimizer) -> None:
     """Megatron-Core takes the fused AdamW that it can import, whatever the config says, also on a
     machine without a GPU."""
-    if not isinstance(part.optimizer, torch.optim.AdamW):
-        part.optimizer = torch.optim.AdamW(part.optimizer.param_groups)
+    if isinstance(part.optimizer, torch.optim.AdamW):
+        return
+    # Made of nothing: of the groups it would refuse those of the distributed optimizer, whose
+    # tensors are views of weights.
+    adamw = torch.optim.AdamW([torch.empty(0)])
+    adamw.param_groups = part.optimizer.param_groups
+    for group in adamw.param_groups:
+        for name, value in adamw.defaults.items():
+            group.setdefault(name, value)
+    part.optimizer = adamw
 
 
 def _make_state(adamw: torch.optim.AdamW) -> None:

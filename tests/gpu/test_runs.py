@@ -131,8 +131,11 @@ def test_a_checkpoint_goes_on_on_the_other_device(
     common = ["checkpoint.interval=10", "checkpoint.keep_every=10"]
     losses(tmp_path, config, *common, gpu=gpu and begins_on_gpu)
     shutil.rmtree(tmp_path / "run/checkpoints/step_00000020")
+    kept = (tmp_path / "run/checkpoints/step_00000010/manifest.json").stat().st_mtime_ns
     again = losses(tmp_path, config, *common, gpu=gpu and not begins_on_gpu)
     assert_close(again, reference, LIKE_FP32)
+    # Not begun anew: that would have written it again.
+    assert (tmp_path / "run/checkpoints/step_00000010/manifest.json").stat().st_mtime_ns == kept
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
