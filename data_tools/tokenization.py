@@ -11,10 +11,8 @@ made from something else (unless `overwrite`), and more bad lines than `max_reje
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -112,16 +110,6 @@ def _refuse_missing_tokens(tokenizer: Tokenizer, options: Options) -> None:
             )
 
 
-@contextlib.contextmanager
-def _held_back(*signals: signal.Signals) -> Iterator[None]:
-    """They come when it is over: Numba, at work on its caches, swallows the exception of one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class _Run:
     """One run over all parts, from wherever the last one stopped."""
 
@@ -151,8 +139,7 @@ class _Run:
         """Encode, assemble, complete; returns the receipt's body."""
         for stale in (*self.setup.folder.glob("*.spool"), *self.setup.folder.glob(".*.tmp*")):
             stale.unlink(missing_ok=True)
-        with _held_back(signal.SIGINT, signal.SIGTERM):
-            encoder = make_encoder(self.tokenizer, self.setup.fast)
+        encoder = make_encoder(self.tokenizer, self.setup.fast)
         if encoder.note and not self.quiet:
             print(f"tokenize: {encoder.note}", file=sys.stderr)
         total = sum(share.end - share.start for share in self.shares)
