@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,13 @@ def test_interrupted_by_a_signal_it_says_how_to_go_on(model: str, tmp_path: Path
     command = [sys.executable, "-m", "data_tools", "tokenize", "-", "--tokenizer", model]
     command += ["--output", str(tmp_path / "out"), "--workers", "1", "--quiet"]
     with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores it, and so would we.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while not (tmp_path / "out.work" / "parts").exists() and process.poll() is None:
             time.sleep(0.02)
