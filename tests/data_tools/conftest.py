@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import zstandard
 
 from data_tools import indexed
+from data_tools.tokenization import tokenize
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from data_tools.tokenizer_training import train_tokenizer
 from data_tools.twin import write_twin
@@ -42,6 +44,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     corpus = write_jsonl(folder / "train.jsonl", texts)
     train_tokenizer([str(corpus)], folder / "tokenizer.model", 1000)
     return str(folder / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Some 300 documents of 1 to 5,000 characters, with every kind of newline and letter."""
+    rng = random.Random(5)
+    source = "\n".join(library_text()[:3]) + "東京 naïve 🙂\r\n\u2028" * 30
+    made = []
+    for _ in range(300):
+        start = rng.randrange(len(source) - 5000)
+        made.append(source[start : start + int(10 ** rng.uniform(0, 3.7))])
+    return made
+
+
+@pytest.fixture(scope="session")
+def reference(texts: list[str], model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted run in one piece."""
+    folder = tmp_path_factory.mktemp("reference")
+    write_jsonl(folder / "c4.jsonl", texts)
+    tokenize([str(folder / "c4.jsonl")], model, folder / "out")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -106,3 +129,13 @@ def flip_a_bit(path: Path, at: int) -> None:
         byte = stream.read(1)[0]
         stream.seek(at)
         stream.write(bytes([byte ^ 1]))
+
+
+def read_lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def outputs(prefix: Path) -> tuple[bytes, bytes]:
+    return prefix.with_name(prefix.name + ".bin").read_bytes(), prefix.with_name(
+        prefix.name + ".idx"
+    ).read_bytes()

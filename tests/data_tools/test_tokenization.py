@@ -1,11 +1,9 @@
-"""`tokenize` as a whole: the same bytes however the work is cut, resumption, receipts, refusals."""
+"""`tokenize` as a whole: the same bytes however the work is cut, receipts, refusals."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,6 @@ import pytest
 
 from data_tools.corpus import find_sources
 from data_tools.errors import Failure, UserError
-from data_tools.files import write_json
 from data_tools.merge import merge
 from data_tools.options import Options
 from data_tools.receipt import is_intact, read_receipt
@@ -25,46 +22,14 @@ from data_tools.verification import verify
 from .conftest import (
     documents,
     expected,
-    flip_a_bit,
-    library_text,
+    outputs,
+    read_lines_of,
     shared,
     write_compressed,
     write_jsonl,
 )
 
 ENDINGS = ("", ".gz", ".zst", ".bz2", ".xz")
-SMALL = Options(part_bytes=4096)
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    """Some 300 documents of 1 to 5,000 characters, with every kind of newline and letter."""
-    rng = random.Random(5)
-    source = "\n".join(library_text()[:3]) + "東京 naïve 🙂\r\n\u2028" * 30
-    made = []
-    for _ in range(300):
-        start = rng.randrange(len(source) - 5000)
-        made.append(source[start : start + int(10 ** rng.uniform(0, 3.7))])
-    return made
-
-
-def read_lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def outputs(prefix: Path) -> tuple[bytes, bytes]:
-    return prefix.with_name(prefix.name + ".bin").read_bytes(), prefix.with_name(
-        prefix.name + ".idx"
-    ).read_bytes()
-
-
-@pytest.fixture(scope="module")
-def reference(texts: list[str], model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One uninterrupted run in one piece."""
-    folder = tmp_path_factory.mktemp("reference")
-    write_jsonl(folder / "c4.jsonl", texts)
-    tokenize([str(folder / "c4.jsonl")], model, folder / "out")
-    return folder
 
 
 def test_ids_are_those_of_the_library(
@@ -85,116 +50,6 @@ def test_bytes_do_not_depend_on_parts_workers_or_compression(
     options = Options(part_bytes=part_bytes)
     tokenize([str(tmp_path)], model, tmp_path / "out", options, workers=workers)
     assert outputs(tmp_path / "out") == outputs(reference / "out")
-
-
-@pytest.mark.parametrize("ending", ["", ".gz"])
-@pytest.mark.parametrize("tasks", [2, 5])
-def test_tasks_merge_to_the_same_bytes_and_counts(
-    reference: Path, texts: list[str], model: str, tmp_path: Path, ending: str, tasks: int
-) -> None:
-    for i in range(4):
-        write_jsonl(tmp_path / f"{i}-c4.jsonl{ending}", texts[75 * i : 75 * (i + 1)])
-    for i in range(tasks):
-        tokenize([str(tmp_path)], model, tmp_path / f"t{i}", Options(task=(i, tasks)))
-    receipt = merge([str(tmp_path / f"t{i}") for i in range(tasks)], tmp_path / "out")
-    assert outputs(tmp_path / "out") == outputs(reference / "out")
-    whole = read_receipt(reference / "out")
-    assert whole is not None
-    assert receipt["counts"] == whole["counts"]
-    assert receipt["lengths"] == whole["lengths"]
-    with pytest.raises(UserError, match="missing"):
-        merge([str(tmp_path / f"t{i}") for i in range(1, tasks)], tmp_path / "part")
-    with pytest.raises(UserError, match="order"):
-        merge([str(tmp_path / f"t{i}") for i in reversed(range(tasks))], tmp_path / "part")
-
-
-def test_shards_merge_to_the_same_bytes(reference: Path, model: str, tmp_path: Path) -> None:
-    options = Options(shard_tokens=20_000, part_bytes=4096)
-    receipt = tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", options)
-    pairs = receipt["outputs"]["pairs"]
-    assert len(pairs) > 3
-    assert all(pair["tokens"] >= 20_000 for pair in pairs[:-1])
-    assert verify(tmp_path / "out") == []
-    assert verify(tmp_path / pairs[1]["prefix"]) == []
-    merge([str(tmp_path / pair["prefix"]) for pair in pairs], tmp_path / "merged")
-    assert outputs(tmp_path / "merged") == outputs(reference / "out")
-
-
-def test_a_merge_of_shards_has_a_true_receipt(reference: Path, model: str, tmp_path: Path) -> None:
-    options = Options(shard_tokens=20_000, part_bytes=4096)
-    whole = tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", options)
-    names = [str(tmp_path / pair["prefix"]) for pair in whole["outputs"]["pairs"]]
-    merged = merge(names, tmp_path / "merged")
-    for key in ("inputs", "counts", "lengths"):
-        assert merged[key] == whole[key]
-    # Characters and slices of some shards alone are nowhere counted: null, not zero.
-    some = merge(names[:2], tmp_path / "some")
-    assert {key for key, value in some["counts"].items() if value is not None} == {
-        "documents", "tokens",
-    }  # fmt: skip
-    assert some["counts"]["documents"] == sum(
-        pair["documents"] for pair in whole["outputs"]["pairs"][:2]
-    )
-    assert some["inputs"] == whole["inputs"]
-
-
-def test_a_merge_of_shards_has_the_rejected_lines_once(
-    reference: Path, model: str, tmp_path: Path
-) -> None:
-    source = tmp_path / "c4.jsonl"
-    source.write_bytes((reference / "c4.jsonl").read_bytes() + b"no json\n")
-    options = Options(shard_tokens=20_000, part_bytes=4096)
-    receipt = tokenize([str(source)], model, tmp_path / "out", options, max_rejected="1")
-    names = [str(tmp_path / pair["prefix"]) for pair in receipt["outputs"]["pairs"]]
-    merge(names, tmp_path / "merged")
-    listed = read_lines_of(tmp_path / "merged.rejected.jsonl")
-    assert listed == read_lines_of(tmp_path / "out.rejected.jsonl")
-    assert len(listed) == 1
-
-
-def test_shards_do_not_replace_files_that_are_none_of_theirs(
-    reference: Path, model: str, tmp_path: Path
-) -> None:
-    (tmp_path / "out-00001.bin").write_bytes(b"precious")
-    options = Options(shard_tokens=20_000)
-    with pytest.raises(UserError, match=r"out-00001\.bin exists"):
-        tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", options)
-    assert (tmp_path / "out-00001.bin").read_bytes() == b"precious"
-    tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", options, overwrite=True)
-    assert verify(tmp_path / "out") == []
-
-
-def test_a_part_torn_by_a_power_cut_is_encoded_again(
-    reference: Path, model: str, tmp_path: Path
-) -> None:
-    ended = dying_run(reference, model, tmp_path / "out")
-    assert ended.returncode == 1
-    parts = sorted((tmp_path / "out.work" / "parts").glob("*.part"))
-    assert parts
-    flip_a_bit(parts[-1], at=10)  # size and trailer are as they were
-    tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", SMALL)
-    assert outputs(tmp_path / "out") == outputs(reference / "out")
-
-
-def test_overwriting_shards_leaves_none_of_the_old(
-    reference: Path, model: str, tmp_path: Path
-) -> None:
-    source = [str(reference / "c4.jsonl")]
-    tokenize(source, model, tmp_path / "out", Options(shard_tokens=20_000))
-    (tmp_path / "out-other.bin").write_bytes(b"not ours")
-    few = tokenize(source, model, tmp_path / "out", Options(shard_tokens=60_000), overwrite=True)
-    kept = {pair["prefix"] for pair in few["outputs"]["pairs"]}
-    found = {path.name.split(".")[0] for path in tmp_path.glob("out*")}
-    assert found == kept | {"out", "out-other"}
-    assert verify(tmp_path / "out") == []
-    # Shards merged under their own name are inputs, and stay.
-    merge([str(tmp_path / name) for name in sorted(kept)], tmp_path / "out", overwrite=True)
-    assert all((tmp_path / f"{name}.bin").exists() for name in kept)
-    tokenize(source, model, tmp_path / "out", Options(shard_tokens=60_000), overwrite=True)
-    tokenize(source, model, tmp_path / "out", overwrite=True)
-    assert {path.name for path in tmp_path.glob("out*")} == {
-        "out.bin", "out.idx", "out.receipt.json", "out-other.bin",
-    }  # fmt: skip
 
 
 def test_a_seed_shuffles_documents_reproducibly(
@@ -361,213 +216,6 @@ def test_another_command_does_not_replace_a_finished_one(
     receipt = tokenize([str(source)], model, tmp_path / "out", overwrite=True)
     assert receipt["counts"]["documents"] == 19
     assert verify(tmp_path / "out") == []
-
-
-class Killed(BaseException):
-    """Stands for a killed process: nothing may catch it and tidy up into a whole result."""
-
-
-def test_stopped_at_any_file_operation_it_goes_on(
-    reference: Path, texts: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every rename, truncation, removal and fsync in turn is the last thing that happens."""
-    monkeypatch.setattr("data_tools.assembly.COMMIT_S", 0.0)
-    monkeypatch.setattr("data_tools.shares._SMALL_BYTES", 0)
-    write_jsonl(tmp_path / "a-c4.jsonl", texts[:200])
-    write_jsonl(tmp_path / "b-c4.jsonl.gz", texts[200:])
-    options = Options(part_bytes=32_000)
-    real = {name: getattr(os, name) for name in ("replace", "truncate", "unlink", "fsync", "rmdir")}
-    left = [0]
-
-    def wrap(name: str, before: bool):
-        def call(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0 and before:
-                raise Killed
-            result = real[name](*args, **kwargs)
-            if left[0] == 0:
-                raise Killed
-            return result
-
-        return call
-
-    stops = 0
-    for before in (True, False):
-        for name in real:
-            monkeypatch.setattr(os, name, wrap(name, before))
-        step = 1
-        while True:
-            prefix = tmp_path / f"out-{before}-{step}"
-            left[0] = step
-            try:
-                tokenize([str(tmp_path / "*c4*")], model, prefix, options)
-            except Killed:
-                stops += 1
-                left[0] = -1
-                tokenize([str(tmp_path / "*c4*")], model, prefix, options)
-                assert outputs(prefix) == outputs(reference / "out"), step
-                assert verify(prefix) == []
-                step += 7 if step > 12 else 1
-            else:
-                break
-    assert stops > 15
-
-
-RUN = """
-import sys
-from pathlib import Path
-import data_tools.assembly, data_tools.shares
-data_tools.assembly.COMMIT_S = 0.02
-data_tools.shares._SMALL_BYTES = 0
-from data_tools.options import Options
-from data_tools.tokenization import tokenize
-folder, model, workers = sys.argv[1:]
-tokenize([folder], model, Path(folder, "out"), Options(part_bytes=20_000), workers=int(workers))
-"""
-
-
-def kill_and_resume(kills: int, texts: list[str], model: str, tmp_path: Path, whole: Path) -> int:
-    """Kill runs at random moments until there were `kills`; every result must be the whole one."""
-    rng = random.Random(kills)
-    done = runs = 0
-    while done < kills:
-        runs += 1
-        folder = tmp_path / f"run{runs}"
-        folder.mkdir()
-        write_jsonl(folder / "a-c4.jsonl", texts[: len(texts) // 2])
-        write_jsonl(folder / "b-c4.jsonl.zst", texts[len(texts) // 2 :])
-        command = [sys.executable, "-c", RUN, str(folder), model, str(1 + runs % 3)]
-        patience = 0.3
-        while True:
-            # Later kills come later, so that a slow machine gets past its start-up.
-            patience *= 1.2
-            limit = rng.uniform(0.2, 1.0) + patience if done < kills else None
-            process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
-            try:
-                _, errors = process.communicate(timeout=limit)
-                assert process.returncode == 0, errors.decode()
-                break
-            except subprocess.TimeoutExpired:
-                # Half of the time only the parent dies and the workers are orphans for a moment.
-                if rng.random() < 0.5:
-                    process.kill()
-                else:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-                done += 1
-        assert outputs(folder / "out") == outputs(whole)
-        assert verify(folder / "out") == []
-        assert not (folder / "out.work").exists()
-    return runs
-
-
-def many(texts: list[str], times: int) -> list[str]:
-    return [f"{i} {text}" for i in range(times) for text in texts]
-
-
-def test_killed_and_started_again_the_bytes_are_the_same(
-    texts: list[str], model: str, tmp_path: Path
-) -> None:
-    lots = many(texts, 4)
-    write_jsonl(tmp_path / "c4.jsonl", lots)
-    tokenize([str(tmp_path / "c4.jsonl")], model, tmp_path / "whole")
-    kill_and_resume(4, lots, model, tmp_path, tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_fifty_kills(texts: list[str], model: str, tmp_path: Path, capsys) -> None:
-    lots = many(texts, 40)
-    write_jsonl(tmp_path / "c4.jsonl", lots)
-    tokenize([str(tmp_path / "c4.jsonl")], model, tmp_path / "whole")
-    runs = kill_and_resume(60, lots, model, tmp_path, tmp_path / "whole")
-    with capsys.disabled():
-        print(
-            f"\n60 kills over {runs} runs of {len(lots):,} documents: every result byte-identical"
-        )
-
-
-# A worker kills itself at its eighth part. In a process of its own, as only a process without other
-# threads forks its workers, and the changed function with them.
-DIE = """
-import os, signal, sys
-import data_tools.workers
-real = data_tools.workers.encode_part
-def die(part, options, worker):
-    if part.number == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(part, options, worker)
-data_tools.workers.encode_part = die
-from data_tools.options import Options
-from data_tools.tokenization import tokenize
-tokenize([sys.argv[1]], sys.argv[2], sys.argv[3], Options(part_bytes=4096), workers=2)
-"""
-
-
-def dying_run(reference: Path, model: str, output: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", DIE, str(reference / "c4.jsonl"), model, str(output)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
-def test_a_dead_worker_ends_the_run_and_nothing_is_lost(
-    reference: Path, model: str, tmp_path: Path
-) -> None:
-    ended = dying_run(reference, model, tmp_path / "out")
-    assert ended.returncode == 1
-    assert "worker process died" in ended.stderr
-    assert not (tmp_path / "out.bin").exists()
-    tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", SMALL, workers=2)
-    assert outputs(tmp_path / "out") == outputs(reference / "out")
-
-
-def test_two_commands_on_one_output_are_refused(
-    texts: list[str], model: str, tmp_path: Path
-) -> None:
-    import fcntl
-
-    source = write_jsonl(tmp_path / "x.jsonl", texts[:5])
-    (tmp_path / "out.work").mkdir()
-    with open(tmp_path / "out.work" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another data-tools"):
-            tokenize([str(source)], model, tmp_path / "out")
-
-
-def test_a_file_system_without_locks_is_named_as_such(
-    texts: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    import errno
-    import fcntl
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    source = write_jsonl(tmp_path / "x.jsonl", texts[:5])
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    tokenize([str(source)], model, tmp_path / "out")
-    message = capsys.readouterr().err
-    assert "cannot lock files (No locks available)" in message and "another data-" not in message
-    assert verify(tmp_path / "out") == []
-
-
-def test_finished_leaves_the_work_of_others_alone(
-    texts: list[str], model: str, tmp_path: Path
-) -> None:
-    import fcntl
-
-    source = write_jsonl(tmp_path / "x.jsonl", texts[:5])
-    first = tokenize([str(source)], model, tmp_path / "out")
-    work = tmp_path / "out.work"
-    work.mkdir()
-    write_json(work / "plan.json", {"inputs": "others"})
-    assert tokenize([str(source)], model, tmp_path / "out")["reused"]
-    assert (work / "plan.json").exists()
-    write_json(work / "plan.json", first["wanted"])
-    with open(work / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert tokenize([str(source)], model, tmp_path / "out")["reused"]
-        assert (work / "plan.json").exists()
-    assert tokenize([str(source)], model, tmp_path / "out")["reused"]
-    assert not work.exists()
 
 
 def test_standard_input(texts: list[str], model: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
