@@ -4,8 +4,8 @@
 
 Prints: seconds from the shell to the end of --help, and to the receipt of an empty file; MB/s of
 `merge` and `verify` of a pair of --gigabytes beside `cat` of its .bin to nowhere and to a file,
-after the files were dropped from memory; and MB/s of `tokenize` on the same text cut into documents
-of 10 kB and of 16 MB. Medians over --rounds, in turn.
+after the files were dropped from memory; and MB/s of `tokenize` on the same text, four times over,
+cut into documents of 10 kB, 1 MB and 16 MB. Medians over --rounds, in turn.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ def start_up(folder: Path, options: argparse.Namespace) -> None:
 
 
 def document_sizes(folder: Path, options: argparse.Namespace) -> None:
-    """The same text in documents of two sizes, so only the cut differs."""
+    """The same text in documents of three sizes, so only the cut differs; four times over, so that
+    the longest are many enough to share out evenly."""
     lines = options.corpus.read_bytes().splitlines()
-    text = "\n".join(json.loads(line)["text"] for line in lines)
-    sizes = {"10 kB": 10_000, "16 MB": 16_000_000}
+    text = "\n".join(json.loads(line)["text"] for line in lines) * 4
+    sizes = {"10 kB": 10_000, "1 MB": 1_000_000, "16 MB": 16_000_000}
     files = {}
     for name, size in sizes.items():
         file = files[name] = folder / f"{size}.jsonl"
@@ -68,15 +69,12 @@ def document_sizes(folder: Path, options: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in sizes}
     for _ in range(options.rounds):
         for name, file in files.items():
-            command = [
-                "tokenize",
-                file,
-                "--tokenizer",
-                options.tokenizer,
-                "--workers",
-                options.workers,
-            ]
-            seconds[name].append(timed([*command, "--output", folder / "sized", "--overwrite"]))
+            output = folder / f"sized-{file.stem}"
+            remove(output)
+            command = ["tokenize", file, "--tokenizer", options.tokenizer]
+            seconds[name].append(
+                timed([*command, "--workers", options.workers, "--output", output])
+            )
     rates = ", ".join(f"{megabytes / median(times):.1f} MB/s of {name}"
                       for name, times in seconds.items())  # fmt: skip
     print(f"documents: {rates} ({megabytes:.0f} MB of text, {options.workers} workers)")
@@ -98,7 +96,7 @@ def copying(folder: Path, options: argparse.Namespace) -> None:
         "cat to a file": (lambda: shell(f"cat {files} >{folder}/cat && sync {folder}/cat"), inputs),
         "merge": (
             lambda: timed(["merge", *(i.with_suffix("") for i in inputs),
-                           "--output", folder / "all", "--overwrite"]),
+                           "--output", folder / "all"]),
             inputs,
         ),
         "verify": (lambda: timed(["verify", folder / "all"]), [folder / "all.bin"]),
@@ -106,12 +104,20 @@ def copying(folder: Path, options: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in tools}
     for _ in range(options.rounds):
         for name, (work, read) in tools.items():
+            if name == "merge":
+                remove(folder / "all")
             for file in read:
                 forget(file)
             seconds[name].append(work())
     megabytes = size * copies / 1e6
     for name, times in seconds.items():
         print(f"{name:>15}: {megabytes / median(times):,.0f} MB/s ({megabytes:,.0f} MB)")
+
+
+def remove(prefix: Path) -> None:
+    """Its files, or the command would find its work done."""
+    for file in prefix.parent.glob(f"{prefix.name}.*"):
+        file.unlink()
 
 
 def forget(file: Path) -> None:
