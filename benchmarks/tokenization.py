@@ -184,6 +184,7 @@ def run(name: str, options: argparse.Namespace, folder: Path, out: Path) -> dict
     environment = {**os.environ, "MEGATRON_LM": str(options.megatron_lm)}
     if name == "data-tools":
         environment["PYTHONPATH"] = sys.path[0]
+    os.sync()  # what the tool before has left to write is not ours
     before, started = os.times(), time.perf_counter()
     with open(folder / "log", "w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
