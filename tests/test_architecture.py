@@ -28,7 +28,7 @@ ORDER = [
     {"world", "cpu", "launch"},
     {"config"},
     {"rope"},
-    {"errors"},
+    {"errors", "gpu_packages"},
 ]
 
 

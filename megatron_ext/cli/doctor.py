@@ -56,11 +56,10 @@ def examine() -> dict[str, Any]:
     import torch
 
     from megatron_ext.config import Config
-    from megatron_ext.model.kernels import choose, look
+    from megatron_ext.model.kernels import choose, look, problem_of
 
     gpus = [_gpu(torch, i) for i in range(torch.cuda.device_count())]
-    found = look()
-    kernels = choose(Config.model_validate(_MODEL), found)
+    kernels = choose(Config.model_validate(_MODEL), look())
     nccl = torch.distributed.is_nccl_available() and torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -73,7 +72,7 @@ def examine() -> dict[str, Any]:
         "precision": "bf16" if gpus else "fp32",
         "kernels": asdict(kernels),
         "optional": {
-            name: found.problems.get(name) or _version(package) or "importable"
+            name: problem_of(name) or _version(package) or "importable"
             for name, package, _ in _OPTIONAL
         },
         "slurm": _slurm(),

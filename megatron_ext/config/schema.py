@@ -351,7 +351,8 @@ class Kernels(Section):
     )
     """Attention core: Transformer Engine's; the package flash-attn's; PyTorch's SDPA with cuDNN's
     or the flash kernel and no other; or SDPA as it chooses itself, on Hopper and later cuDNN's
-    first. auto takes Transformer Engine's where the backend is that, else sdpa."""
+    first. auto takes Transformer Engine's where the backend is that and numbers have 16 bits, else
+    sdpa."""
     optimizer: Literal["auto", "transformer_engine", "apex", "torch"] = setting("auto")
     """Fused AdamW of Transformer Engine, apex or PyTorch."""
     fusions: Literal["auto", "compiled", "none"] = setting("auto")

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
+from megatron_ext import gpu_packages
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 
@@ -106,6 +107,8 @@ def _transformer_engine(config: Config, found: Found) -> str:
 def _its_attention(config: Config, found: Found) -> str:
     if config.kernels.backend == "torch":
         return "kernels.backend=torch"
+    if config.precision.dtype == "fp32":
+        return "its fused attention has no fp32"
     return _transformer_engine(config, found)
 
 
@@ -233,16 +236,18 @@ def look() -> Found:
     gpu = torch.cuda.is_available()
     return Found(
         capability=torch.cuda.get_device_capability() if gpu else None,
-        problems={name: problem for name in PACKAGES if (problem := problem_of(name))},
+        # Without a GPU none is taken, and those that Megatron-Core must not see stay unimported.
+        problems={name: problem for name in PACKAGES if gpu and (problem := problem_of(name))},
         compiler=any(map(shutil.which, _COMPILERS)),
     )
 
 
 def problem_of(name: str) -> str:
-    """Why a package cannot be used, or "" when it was imported."""
+    """Why a package cannot be used, or "" when it was imported, also without a GPU."""
     try:
-        for module in _USED.get(name, [name]):
-            importlib.import_module(module)
+        with gpu_packages.shown():
+            for module in _USED.get(name, [name]):
+                importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == name:
             return "not installed"

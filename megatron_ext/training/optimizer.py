@@ -47,8 +47,7 @@ def build_optimizer(model: list[DistributedDataParallel], config: Config) -> Meg
 
 
 def _take_torch_adamw(part: MegatronOptimizer) -> None:
-    """Megatron-Core takes the fused AdamW that it can import, whatever the config says, also on a
-    machine without a GPU."""
+    """Megatron-Core takes the fused AdamW that it can import, whatever the config says."""
     if isinstance(part.optimizer, torch.optim.AdamW):
         return
     # Made of nothing: of the groups it would refuse those of the distributed optimizer, whose

@@ -59,6 +59,12 @@ def test_auto_takes_the_fastest_that_is_there(found: Found, differs: dict[str, s
     assert names(choose(config(), found)) == PLAIN | differs
 
 
+def test_attention_in_fp32_is_left_to_sdpa() -> None:
+    """Of Transformer Engine's only the unfused one could do it."""
+    kernels = choose(config("precision.dtype=fp32"), machine(HOPPER))
+    assert (kernels.backend.name, kernels.attention.name) == ("transformer_engine", "sdpa")
+
+
 def test_the_line_of_the_log_says_why() -> None:
     line = str(choose(config(), machine(AMPERE, ["transformer_engine", "triton"])))
     assert line.startswith(
@@ -106,6 +112,8 @@ def test_a_forced_choice_that_is_missing_is_refused_with_the_way_to_get_it(packa
         (["kernels.attention=cudnn", "precision.dtype=fp32"], machine(HOPPER), "has no fp32"),
         (["kernels.attention=flash_attn", "parallel.context=2"], machine(HOPPER), "SDPA chooses"),
         (["kernels.grad_accumulation=apex", "precision.dtype=fp32"], machine(HOPPER), "16 bits"),
+        (["kernels.attention=transformer_engine", "precision.dtype=fp32"], machine(HOPPER),
+         r"transformer_engine cannot be had \(its fused attention has no fp32\)"),
         (["kernels.backend=torch", "kernels.attention=transformer_engine"], machine(HOPPER),
          r"kernels\.attention=transformer_engine cannot be had \(kernels\.backend=torch\)"),
         (["precision.fp8=tensorwise"], machine(HOPPER, ["transformer_engine"]),
