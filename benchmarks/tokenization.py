@@ -14,6 +14,8 @@ ours, document by document; "n differ" counts documents.
 from __future__ import annotations
 
 import argparse
+import csv
+import gzip
 import json
 import os
 import shutil
@@ -139,8 +141,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict]:
     (folder / "twin").mkdir()
     share = -(-len(lines) // options.workers)  # peers share a folder out by files
     for i in range(options.workers):
-        part = lines[i * share : (i + 1) * share]
-        (folder / "parts" / f"{i:03d}.jsonl").write_bytes(b"".join(part))
+        with (folder / "parts" / f"{i:03d}.jsonl").open("w") as part:
+            for number in range(i * share, min((i + 1) * share, len(lines))):
+                # dolma passes over documents without an id.
+                part.write(json.dumps({**json.loads(lines[number]), "id": str(number)}) + "\n")
     write_twin(options.tokenizer, folder / "twin")
     rows: dict[str, dict] = {}
     names = ["data-tools", *filter(None, options.peers.split(","))]
@@ -230,6 +234,16 @@ def differing(name: str, out: Path, folder: Path) -> int | None:
 
     from data_tools import indexed
 
+    def read_dolma(folder: Path) -> tuple:
+        documents = {}
+        for table in sorted(folder.glob("*.csv.gz")):
+            ids = np.fromfile(str(table).replace(".csv.gz", ".npy"), dtype=np.uint16)
+            with gzip.open(table, "rt") as rows:
+                for start, end, number, *_ in csv.reader(rows):
+                    documents[int(number)] = ids[int(start) : int(end)]
+        found = [documents[number] for number in sorted(documents)]
+        return np.concatenate(found), np.array([len(ids) for ids in found])
+
     def read(prefix: Path) -> tuple:
         if Path(f"{prefix}.lengths").exists():
             lengths = np.fromfile(f"{prefix}.lengths", dtype=np.int32)
@@ -241,9 +255,9 @@ def differing(name: str, out: Path, folder: Path) -> int | None:
     if not Path(f"{out}.bin").exists():  # they gave it a name of their own, or several
         prefixes = sorted(path.with_suffix("") for path in out.parent.glob(f"{out.name}*/**/*.idx"))
         prefixes += sorted(path.with_suffix("") for path in out.parent.glob(f"{out.name}_*.idx"))
-        if not prefixes:
+        if not prefixes and name != "dolma":
             return None
-    theirs = [read(prefix) for prefix in prefixes]
+    theirs = [read_dolma(out)] if name == "dolma" else [read(prefix) for prefix in prefixes]
     ids, lengths = (np.concatenate([pair[i] for pair in theirs]) for i in (0, 1))
     our_ids, our_lengths = read(folder / "data-tools-out")
     if len(lengths) != len(our_lengths):
