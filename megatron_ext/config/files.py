@@ -13,13 +13,14 @@ import contextlib
 import difflib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from data_tools.files import write_file
 from megatron_ext.config.messages import explain
 from megatron_ext.config.rules import validate
 from megatron_ext.config.schema import Config
@@ -48,14 +49,13 @@ def load_config(path: PathLike, overrides: Sequence[str] = ()) -> Config:
 def named_run_dir(path: PathLike, overrides: Sequence[str] = ()) -> Path:
     """The run folder that a file and overrides name, as far as it can be told where they have
     mistakes: so that somebody who looks there finds them."""
-    for override in reversed(overrides):
-        key, _, value = override.partition("=")
-        if key.strip() == "training.run_dir" and value.strip():
-            return Path(value.strip())
-    named = None
-    with contextlib.suppress(ConfigError):
-        named = _mapping(read_layer(Path(path)).values.get("training")).get("run_dir")
-    return Path(named) if isinstance(named, str) else Path("runs") / Path(path).stem
+    layers = [partial(read_overrides, [override]) for override in reversed(overrides)]
+    for read in (*layers, partial(read_layer, Path(path))):
+        with contextlib.suppress(ConfigError):
+            named = _mapping(read().values.get("training")).get("run_dir")
+            if isinstance(named, str):
+                return Path(named)
+    return Path("runs") / Path(path).stem
 
 
 def to_config(layer: Layer, name: str) -> Config:
@@ -77,19 +77,8 @@ def to_config(layer: Layer, name: str) -> Config:
 def save_config(config: Config, path: PathLike) -> None:
     """Write every setting; `load_config(path)` gives back an equal config. The file appears whole
     or not at all."""
-    path = Path(path)
     text = "# Every setting of the run, resolved.\n" + dump(config.model_dump(mode="json"))
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the run from colleagues
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_file(path, text)
 
 
 def read_layer(path: Path, heirs: tuple[Path, ...] = ()) -> Layer:

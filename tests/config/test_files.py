@@ -156,11 +156,12 @@ def test_the_later_of_two_overrides_wins(valid: Path) -> None:
     [
         ("training: {run_dir: a/b}\nmodel: {num_layer: 2}\n", [], "a/b"),
         ("training: {run_dir: a/b}\n", ["rope.bse=1", "training.run_dir=c"], "c"),
+        ("training: {run_dir: a/b}\n", ["training.run_dir='c d'", "rope.bse=1"], "c d"),
         ("model: {num_layer: 2}\n", ["="], "runs/wrong"),
         ("training: [1\n", [], "runs/wrong"),
         (None, [], "runs/wrong"),
     ],
-    ids=["unknown setting", "override", "default", "no YAML", "no file"],
+    ids=["unknown setting", "override", "quoted", "default", "no YAML", "no file"],
 )
 def test_run_folder_is_known_of_a_config_with_mistakes(
     text: str | None, overrides: list[str], folder: str, tmp_path: Path
