@@ -1,6 +1,7 @@
 """Files that are whole or absent (temporary name, fsync, rename), and their checksums.
 
     with atomic_write(path) as stream: stream.write(b"...")
+    write_file(path, "text or bytes")
     write_json(path, {"a": 1})
     checksum(path)                  # "xxh128:..."; the digits are those of the `xxh128sum` command
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,10 +54,11 @@ def replace(temporary: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary stream that becomes `path` only when the block ends without an exception."""
+    """A binary stream that becomes `path` only when the block ends without an exception. Several
+    processes, on several machines, may write the same file at once: the last one stays."""
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as stream:
             yield stream
@@ -67,10 +70,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write UTF-8 text or bytes, atomically."""
+    with atomic_write(path) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    with atomic_write(path) as stream:
-        stream.write(json_bytes(value))
+    write_file(path, json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:

@@ -13,13 +13,13 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from data_tools.files import checksum, write_file
 from megatron_ext.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -156,23 +156,9 @@ def sync(path: Path) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON whole or not at all: a temporary name, synced, then renamed. Several processes, on
-    several machines, may write the same file at once: the last one stays."""
-    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("x") as stream:
-            json.dump(content, stream, indent=1)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write JSON whole or not at all; NaN stays NaN, as Python reads it."""
+    write_file(file, json.dumps(content, indent=1) + "\n")
 
 
 def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return checksum(file).removeprefix("xxh128:")

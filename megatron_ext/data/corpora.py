@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from data_tools.errors import UserError as DataToolsError
+from data_tools.files import checksum
 from data_tools.indexed import read_index
 from data_tools.receipt import read_receipt
 from megatron_ext.config import Config
@@ -182,17 +182,9 @@ def _file_facts(prefix: Path) -> dict[str, Any]:
         sizes = {"bin_bytes": pair["bin"]["size"], "idx_bytes": pair["idx"]["size"]}
         if sizes == facts:
             return facts | {"bin": pair["bin"]["checksum"], "idx": pair["idx"]["checksum"]}
-    return facts | {"idx": _checksum(idx_file)}
+    return facts | {"idx": checksum(idx_file)}
 
 
 def _tokenizer(prefix: Path) -> dict[str, Any]:
     """What the receipt says of the tokenizer; empty for token files that came without one."""
     return (read_receipt(prefix) or {}).get("tokenizer", {})
-
-
-def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return f"xxh128:{digest.hexdigest()}"

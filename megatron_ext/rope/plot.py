@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.files import atomic_write, write_file
 from megatron_ext.rope.bound import base_frequencies, distance_curve, first_failing_distance
 from megatron_ext.rope.published import KNOWN_MODELS, TABLE_2
 
@@ -69,9 +70,10 @@ def plot_bound(
     )
     left.legend()
     _base_against_context(right, head_dim, rows)
-    _replace(path, lambda temporary: figure.savefig(temporary, dpi=150, format=path.suffix[1:]))
+    with atomic_write(path) as stream:
+        figure.savefig(stream, dpi=150, format=path.suffix[1:])
     table = path.with_suffix(".csv")
-    _replace(table, lambda temporary: _write_csv(temporary, distances, b, rows))
+    write_file(table, _csv(distances, b, rows))
     return [path, table]
 
 
@@ -124,24 +126,13 @@ def _curve(
     return at, b[at]
 
 
-def _write_csv(path: Path, distances: np.ndarray, b: np.ndarray, rows: Sequence[BoundRow]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = list(BoundRow.__dataclass_fields__)
-        writer.writerow(["series", *names, "distance", "b"])
-        for row in rows:
-            writer.writerow(["bound", *(getattr(row, name) for name in names), "", ""])
-        for m, value in zip(distances.tolist(), b.tolist(), strict=True):
-            writer.writerow(["curve", *[""] * len(names), m, value])
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """A file is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _csv(distances: np.ndarray, b: np.ndarray, rows: Sequence[BoundRow]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    names = list(BoundRow.__dataclass_fields__)
+    writer.writerow(["series", *names, "distance", "b"])
+    for row in rows:
+        writer.writerow(["bound", *(getattr(row, name) for name in names), "", ""])
+    for m, value in zip(distances.tolist(), b.tolist(), strict=True):
+        writer.writerow(["curve", *[""] * len(names), m, value])
+    return text.getvalue()

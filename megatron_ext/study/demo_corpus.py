@@ -11,12 +11,13 @@ the documents are the modules of the interpreter's standard library and the lang
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import zstandard
 
+from data_tools.files import write_file
 from megatron_ext.checkpoint.manifest import write_json
 from megatron_ext.errors import UserError
 
@@ -54,15 +55,15 @@ def build_corpus(output: Path, own: Path | None = None) -> dict[str, Any]:
             f"{origin} holds {size:,} bytes of text, less than the {LEAST_BYTES:,} that the demo "
             "needs: name more files"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    with temporary.open("wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as stream:
-        for document in documents:
-            stream.write(json.dumps(document).encode() + b"\n")
-    temporary.replace(output)
+    write_file(output, compressed(documents))
     facts = {"origin": origin, "documents": len(documents), "bytes": size}
     write_json(facts_file, facts)
     return {**facts, "reused": False}
+
+
+def compressed(documents: Iterable[Document]) -> bytes:
+    """A .jsonl.zst, one document a line."""
+    return zstandard.compress(b"".join(json.dumps(d).encode() + b"\n" for d in documents))
 
 
 def standard_library() -> list[Document]:

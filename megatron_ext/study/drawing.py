@@ -11,7 +11,6 @@ serves the light and the dark page; the files have the light ones. Needs matplot
 
 import csv
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
+
+from data_tools.files import write_file
 
 # The light page's colours; in the SVG each becomes the CSS variable of the same name.
 INK, MUTED, GRID = "#1b1f24", "#5b6570", "#dfe3e8"
@@ -57,13 +58,13 @@ class Figure:
     def save(self, folder: Path) -> None:
         """Write NAME.png, NAME.svg and NAME.csv."""
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / f"{self.name}.png", self.png)
-        replace_file(folder / f"{self.name}.svg", self.svg)
+        write_file(folder / f"{self.name}.png", self.png)
+        write_file(folder / f"{self.name}.svg", self.svg)
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(self.table[0])
         writer.writerows(self.table[1])
-        replace_file(folder / f"{self.name}.csv", text.getvalue().encode())
+        write_file(folder / f"{self.name}.csv", text.getvalue())
 
 
 def figure(
@@ -151,13 +152,3 @@ def for_page(svg: str, title: str) -> str:
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-
-
-def replace_file(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)

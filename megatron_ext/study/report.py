@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_tools.files import write_file
 from megatron_ext.errors import UserError
 from megatron_ext.planning.parameters import count_parameters
 from megatron_ext.study.measures import THRESHOLD, effective_context
@@ -69,7 +70,7 @@ def write_report(
     output.parent.mkdir(parents=True, exist_ok=True)
     for figure in drawn:
         figure.save(output.parent / "figures")
-    drawing.replace_file(output, page.encode())
+    write_file(output, page)
     return output
 
 

@@ -12,20 +12,18 @@ ones are left alone. Exit codes: 0, 1 when a step failed.
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import zstandard
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_tools.files import atomic_write
+from data_tools.files import write_file
 from megatron_ext.evaluation.prompts import NOISE
 from megatron_ext.evaluation.tasks import PASSKEY_FACT, PASSKEY_INTRODUCTION, PASSKEY_QUESTION
 from megatron_ext.study.demo import StageFailed, run
-from megatron_ext.study.demo_corpus import Document, standard_library
+from megatron_ext.study.demo_corpus import Document, compressed, standard_library
 
 OUTPUT = Path("runs/small/data")
 SEED = 20240523
@@ -57,7 +55,7 @@ def documents(
     made = [
         {
             "text": passkey_document(np.random.default_rng([SEED, number]), context),
-            "meta": {"redpajama_set_name": "RedPajamaBook", "path": f"passkey/{number}"},
+            "meta": {"path": f"passkey/{number}"},
         }
         for number in range(count)
     ]
@@ -72,8 +70,7 @@ def build(output: Path, made: Sequence[Document]) -> Path:
     source, tokenizer, prefix = (
         output / name for name in ("corpus.jsonl.zst", "tokenizer.json", "corpus")
     )
-    lines = b"".join(json.dumps(document).encode() + b"\n" for document in made)
-    _write(source, zstandard.compress(lines))
+    _write(source, compressed(made))
     _write(tokenizer, train_tokenizer([document["text"] for document in made]).encode())
     words = ("tokenize", source, "--tokenizer", tokenizer, "--eod-token", END, "--output", prefix)
     run(sys.executable, "-m", "data_tools", *words)
@@ -138,11 +135,10 @@ def _noise(words: int) -> str:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Whole or not at all. The same bytes are not written anew: token files name the time of what
-    they were made from."""
+    """The same bytes are not written anew: token files name the time of what they were made
+    from."""
     if not file.is_file() or file.read_bytes() != content:
-        with atomic_write(file) as stream:
-            stream.write(content)
+        write_file(file, content)
 
 
 if __name__ == "__main__":

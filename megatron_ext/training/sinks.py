@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_tools.files import write_file
 from megatron_ext.config import Config
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,4 @@ def _drop_records_after(file: Path, done_steps: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):  # the line that a kill cut short
             continue
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(file)
+    write_file(file, "".join(kept))
