@@ -20,13 +20,13 @@ from megatron_ext.planning.sources import (
     GIB,
     bucket_bytes,
     defers_output_gradient,
-    gathered_inputs,
     has_megatron_loss,
     keeps_half_gradients,
     keeps_scores,
     layers_of_stage,
     prints_tensors_only,
     reading,
+    waiting_tensors,
 )
 from megatron_ext.planning.workload import Column, Workloads
 
@@ -63,14 +63,6 @@ class Memory:
 
 def memory(w: Workloads, stage: Column | int, c: MemoryConstants) -> Memory:
     """Of one rank of pipeline stage `stage` (0 .. pp - 1; -1 is the last)."""
-    gathered = gathered_inputs(w)
-    parts = _memory(w, stage, c, gathered)
-    # Who may keep gathered inputs or gather them again does not run out of memory by keeping.
-    too_large = (gathered > 0) & (parts.total > w.gpu.memory_gib * GIB)
-    return _memory(w, stage, c, np.where(too_large, 0, gathered)) if too_large.any() else parts
-
-
-def _memory(w: Workloads, stage: Column | int, c: MemoryConstants, gathered: Column) -> Memory:
     stage = np.where(np.asarray(stage) < 0, w.pp - 1, stage)
     first, last = stage == 0, stage == w.pp - 1
     layers = layers_of_stage(w, stage, layer_parameters(w))
@@ -88,18 +80,23 @@ def _memory(w: Workloads, stage: Column | int, c: MemoryConstants, gathered: Col
     optimizer = 12 * params / np.where(w.zero_stage >= 1, w.dp * w.cp, 1)
 
     tokens = w.micro_batch * w.seq_len / w.cp
-    kept = kept_bytes(w, gathered) * tokens
-    whole = layer_bytes(w, gathered) * tokens
+    kept = kept_bytes(w) * tokens
+    whole = layer_bytes(w) * tokens
     in_flight = micro_batches_in_flight(w, stage)
     activations = in_flight * layers * kept
     logits = last * loss_bytes(w, tokens)
     # A layer is recomputed when the logits are gone: the larger of the two is the peak.
     recomputed = np.where(w.recompute == "none", 0, np.maximum(0, whole - kept - logits))
     inputs = 2 * tokens * w.hidden
-    communication = np.where(w.pp > 1, 2 * inputs, 0) + np.where(w.tp > 1, 2 * inputs, 0)
+    spread = np.where(w.seq_parallel > 0, w.tp, 1)
+    communication = np.where(w.pp > 1, 2 * inputs / spread, 0) + np.where(w.tp > 1, 2 * inputs, 0)
     communication = communication + bucket_bytes(w)
     moving = activations + recomputed + logits
     allocator = (c.allocator - 1) * moving + c.libraries_gib * GIB
+    held = weights + gradients + optimizer + moving + communication + allocator
+    waiting = waiting_tensors(w, layers, tokens * per_layer) * inputs
+    # Before it gives up, the allocator waits for them.
+    allocator = allocator + np.where(held + waiting <= w.gpu.memory_gib * GIB, waiting, 0)
     return Memory(
         weights, gradients, optimizer, activations, recomputed, logits, communication, allocator
     )
@@ -111,18 +108,16 @@ def layer_parameters(w: Workloads) -> Column:
     return attention + (2 + w.gated) * w.hidden * w.ffn
 
 
-def layer_bytes(w: Workloads, gathered: Column | float = 0.0) -> Column:
+def layer_bytes(w: Workloads) -> Column:
     """Activations of one layer that its backward pass reads, bytes a token (Korthikanti et al.
-    2022, equations 1 to 4, with the widths of grouped queries and of a gated MLP); `gathered` of
-    its inputs whole, see sources.gathered_inputs."""
+    2022, equations 1 to 4, with the widths of grouped queries and of a gated MLP)."""
     h, query, kv = w.hidden, w.query_width, w.kv_width
     spread = np.where(w.seq_parallel > 0, w.tp, 1)
     dropout = np.where(w.gated > 0, 0, 2 * h)
     outside = 8 * h + dropout  # inputs and outputs of both norms, and the dropout masks
     mlp = np.where(w.gated > 0, 8 * w.ffn + 2 * (query + kv), 4 * w.ffn)
     inside = 2 * (query + 2 * kv) + 2 * query + mlp
-    inputs = gathered * 2 * h * (1 - 1 / w.tp)
-    return outside / spread + inside / w.tp + inputs + score_bytes(w)
+    return outside / spread + inside / w.tp + score_bytes(w)
 
 
 def loss_bytes(w: Workloads, tokens: Column) -> Column:
@@ -136,8 +131,10 @@ def loss_bytes(w: Workloads, tokens: Column) -> Column:
 
 def logit_bytes(w: Workloads) -> Column:
     """Bytes alive for each logit at the loss. PyTorch's cross-entropy: bf16 logits 2, float32 4,
-    log-probabilities 4, bf16 gradient 2. Megatron-Core's overwrites the float32 ones in place."""
-    return np.where(has_megatron_loss(w), 6.5, 12.0) + 4 * defers_output_gradient(w)
+    log-probabilities 4, bf16 gradient 2. nanotron makes the gradient in place of the probabilities.
+    Megatron-Core overwrites the float32 ones as well."""
+    bytes_a_logit = np.select([has_megatron_loss(w), w.framework == "nanotron"], [6.5, 10.0], 12.0)
+    return bytes_a_logit + 4 * defers_output_gradient(w)
 
 
 def score_bytes(w: Workloads) -> Column:
@@ -146,9 +143,9 @@ def score_bytes(w: Workloads) -> Column:
     return np.where(keeps_scores(w), 5 * w.heads * w.seq_len / w.tp, 0)
 
 
-def kept_bytes(w: Workloads, gathered: Column | float = 0.0) -> Column:
+def kept_bytes(w: Workloads) -> Column:
     """What of it stays until the backward pass, by recompute mode."""
-    whole, scores = layer_bytes(w, gathered), score_bytes(w)
+    whole, scores = layer_bytes(w), score_bytes(w)
     inputs = 2 * w.hidden / np.where(w.seq_parallel > 0, w.tp, 1)
     return np.select(
         [w.recompute == "full", w.recompute == "selective", w.recompute == "selective_block"],

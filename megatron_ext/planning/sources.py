@@ -1,6 +1,6 @@
 """What the published tables mean where their columns do not say it.
 
-    keeps_scores(work); gathered_inputs(work); layers_of_stage(work, stage)
+    keeps_scores(work); layers_of_stage(work, stage, layer_parameters)
     stage, unit = reading(work)          # which rank's memory a source prints, in which bytes
 
 Every rule here is a trap that was found by comparing rows of one source with each other; each says
@@ -56,18 +56,21 @@ def keeps_scores(w: Workloads) -> Mask:
     return np.where(golden, ~fused, w.flash_attn == 0)
 
 
-def gathered_inputs(w: Workloads) -> Column:
-    """How many inputs of a layer's column-parallel matmuls are kept gathered (2 h bytes a token).
+def waiting_tensors(w: Workloads, layers: Column, work: Column) -> Column:
+    """Whole inputs of a layer (2 bytes x tokens x hidden) that are dead but cannot be used again.
 
-    Megatron-Core gathers again in the backward pass. nanotron's sweep does either, which no column
-    says: its memory lies in two bands a whole gathered input apart, and runs of the upper one are
-    the fast ones, made again with later code. That was done least for many GPUs, large tp and two
-    stages. Without pipeline both inputs of a layer stay, with one half as much.
+    What NCCL reads is free when its stream has passed; until then a CPU that runs ahead takes new
+    memory. nanotron's sweep shows about 15, one for each of the stage's `layers` and one for each
+    micro-batch in flight; kept inputs would grow with the product of the two, and do not. None wait
+    where the CPU does: at two stages, which often wait for messages, unless `work` (multiply-adds
+    of one layer on a rank) keeps the GPU busy long; and where runs were several times slower, which
+    most on 512 GPUs and most pipelines with tensor parallelism over many nodes were.
     """
     alone = (w.pp == 1) & ((w.gpus < 512) | (w.tp > 16))
-    pipelined = (w.pp > 1) & ((w.tp <= 4) | ((w.pp >= 4) & (w.tp * w.gpus < 4096)))
-    inputs = np.select([alone, pipelined], [2.0, 1.0], 0.0)
-    return np.where((w.framework == "nanotron") & (w.tp > 1), inputs, 0.0)
+    two = (w.pp == 2) & (w.gpus <= 128) & (w.tp <= 8) & (work > 7e11)
+    more = (w.pp > 2) & (w.gpus < 512) & (w.tp * w.gpus <= 2048)
+    ahead = (w.framework == "nanotron") & (w.tp > 1) & (alone | two | more)
+    return np.where(ahead, 15 + layers + w.pp, 0.0)
 
 
 def keeps_half_gradients(w: Workloads) -> Mask:
@@ -117,11 +120,13 @@ def stage_layers(w: Workloads) -> tuple[Column, Column, Column]:
 
 def layers_of_stage(w: Workloads, stage: Column, layer_parameters: Column) -> Column:
     """Those of one stage; but nanotron fills a stage until its share of all weights, the output
-    projection among them, is passed, so the first ones hold more."""
+    projection among them, is passed, so the first ones hold more. Where the share is met exactly
+    (its 1B model on 2 and 4 stages), some runs hold one layer more and some do not: half of it."""
     first, middle, last = stage_layers(w)
     even = np.select([stage == 0, stage == w.pp - 1], [first, last], middle)
-    head = w.vocab * w.hidden / layer_parameters
-    most = np.minimum(np.floor((w.num_layers + head) / w.pp + 1e-9) + 1, w.num_layers)
+    share = (w.num_layers + w.vocab * w.hidden / layer_parameters) / w.pp
+    passed = np.where(share == np.round(share), share + 0.5, np.ceil(share))
+    most = np.minimum(passed, w.num_layers)
     rest = np.maximum(1.0, w.num_layers - most * (w.pp - 1))
     balanced = np.where(stage == w.pp - 1, rest, most)
     return np.where((w.framework == "nanotron") & (w.pp > 1), balanced, even)
