@@ -35,7 +35,7 @@ from megatron_ext.planning.throughput import TimeConstants, step_time
 from megatron_ext.planning.workload import Workloads, from_rows
 
 HUBER = 0.05  # relative error from which a row pulls with constant force
-SOURCE_WEIGHT = -0.25  # a row of a source with n rows weighs n to this power
+SOURCE_WEIGHT = -0.15  # a row of a source with n rows weighs n to this power
 CONSTANT_PRIOR = (0.3, 0.003)  # spread of log(constant / default), weight
 SOURCE_PRIOR_TIME = (0.2, 0.01)  # the same of the source factors: stacks differ more in time
 SOURCE_PRIOR_MEMORY = (0.15, 0.01)
@@ -175,7 +175,8 @@ def slowdown(rows: Measured, using: Constants) -> Any:
     for each model, batch and number of GPUs that a source ran with several layouts."""
     work, chosen = rows.work, np.isfinite(rows.seconds)
     predicted = predict(work, using).step_time_s
-    shape = ("num_layers", "hidden", "seq_len", "vocab", "gpus", "global_batch")
+    model = ("num_layers", "hidden", "heads", "kv_heads", "ffn", "vocab")
+    shape = (*model, "seq_len", "gpus", "global_batch")
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in np.flatnonzero(chosen):
         key: tuple[Any, ...] = (

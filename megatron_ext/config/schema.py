@@ -363,7 +363,8 @@ class Kernels(Section):
     extension."""
     cross_entropy: Literal["auto", "chunked", "whole"] = setting("auto")
     """chunked makes the logits of 1,024 tokens at a time, twice: 4% more FLOPs for the 2B model,
-    but never a micro-batch's logits in memory, 6 bytes each. auto does so from 2^30 logits on."""
+    but none of a whole micro-batch, which take 6 bytes each in bf16 (2, and 4 for the float32 ones
+    of the loss). auto does so from 2^30 logits on."""
 
 
 class Checkpoint(Section):

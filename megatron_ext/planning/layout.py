@@ -117,8 +117,16 @@ def _row(config: Config, gpus: int, gpu: str) -> dict[str, Any]:
         "micro_batch": training.micro_batch_size,
         "global_batch": training.global_batch_size,
         "recompute": training.recompute,
+        "precision": _precision(config),
         "loss_chunk": loss_chunk(config) or 0,
     }
+
+
+def _precision(config: Config) -> str:
+    """In the words of a table: its fp16 has gradients of 16 bits, its bf16 and fp8 of 32."""
+    if config.precision.fp8 != "none":
+        return "fp8"
+    return "bf16" if config.precision.grad_reduce == "fp32" else "fp16"
 
 
 def search(config: Config, gpus: int, gpu: str, gpu_file: Path | None = None) -> list[Choice]:

@@ -87,6 +87,13 @@ def reduces_everywhere(w: Workloads) -> Mask:
     return w.framework == "nanotron"
 
 
+def gradient_messages(w: Workloads, params: Column) -> Column:
+    """Collectives that the gradients of so many weights take. nanotron's are those of PyTorch's
+    DistributedDataParallel, one for each 25 MB: its runs lose the more the more ranks a ring has,
+    at equal bytes. Others' buckets are larger, Megatron-Core's the more so the more ranks."""
+    return np.where(w.framework == "nanotron", np.ceil(2 * params / 25e6), 1.0)
+
+
 def bucket_bytes(w: Workloads) -> Column:
     """Buffers of the data-parallel collectives. DeepSpeed's ZeRO: 9 GB at its default bucket size
     of 5e8 elements (4.5 buckets of 2 bytes for reducing, as many for gathering, which its users are

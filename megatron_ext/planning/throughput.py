@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_ext.planning.memory import layer_parameters
 from megatron_ext.planning.sources import (
+    gradient_messages,
     has_fused_kernels,
     network_gb_per_s,
     reduces_everywhere,
@@ -27,7 +28,9 @@ from megatron_ext.planning.workload import GPUS_PER_NODE, Column, Workloads
 
 # Structure, not fitted: which kernels there are follows from the model.
 _HBM = 0.85  # share of the bandwidth that a streaming kernel reaches
-_TILE = 128 * 256  # outputs of one thread block of a large matmul
+# Outputs of one thread block of a matmul, and its rate relative to the largest kind's: a small
+# matmul is cut into smaller blocks, which load more for each output but leave fewer SMs idle.
+_TILES = ((128 * 256, 1.0), (128 * 128, 0.9))
 _LLAMA_KERNELS = 1.4  # RoPE, RMSNorm and the gate launch so many times the kernels of a GPT layer
 _UNFUSED_SOFTMAX = 1 / 3  # more kernels where Megatron's fused softmax refuses the shape
 _SCORE_BYTES = 12  # a score unfused, forward: written, softmax, dropout and its mask, read
@@ -42,7 +45,7 @@ class TimeConstants:
     """The thirteen fitted numbers that all sources share."""
 
     matmul: float = 0.95
-    """Large matmuls, relative to the best rate measured on the GPU."""
+    """Matmuls without idle SMs, relative to the best rate measured on the GPU."""
     hopper: float = 0.85
     """The same again on Hopper and later, which run into their power limit."""
     fp8: float = 0.9
@@ -211,7 +214,8 @@ def _flash_width(head_dim: Column) -> Column:
 
 def _matmul(w: Workloads, c: TimeConstants, m: Column, n: Column, k: Column) -> Column:
     """[m, k] x [k, n]: 2mnk FLOPs, and the last waves of thread blocks that leave SMs idle."""
-    return 2 * m * n * k / _rate(w, c) * (1 + c.wave * w.gpu.sms * _TILE / (m * n))
+    idle = [(1 + c.wave * w.gpu.sms * outputs / (m * n)) / rate for outputs, rate in _TILES]
+    return 2 * m * n * k / _rate(w, c) * np.minimum.reduce(idle)
 
 
 def _rate(w: Workloads, c: TimeConstants) -> Column:
@@ -267,7 +271,8 @@ def _reduce_gradients(w: Workloads, c: TimeConstants, params: Column) -> Column:
     gradient = np.where(w.precision == "fp16", 2, 4)
     reduced = np.where((w.zero_stage == 0) | reduces_everywhere(w), 2 * gradient, gradient)
     moved = params * (reduced + 2 * (w.zero_stage > 0)) * (w.dp - 1) / w.dp
-    return np.where((w.dp > 1) & (w.zero_stage < 3), c.dp_exposed * moved / bandwidth + start, 0)
+    seconds = c.dp_exposed * moved / bandwidth + gradient_messages(w, params) * start
+    return np.where((w.dp > 1) & (w.zero_stage < 3), seconds, 0)
 
 
 def _join(a: Column, b: Column) -> Column:

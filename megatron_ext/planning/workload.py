@@ -92,7 +92,7 @@ class Workloads:
     """none, selective (the attention core), selective_block (every second layer), full."""
     flash_attn: Column
     precision: Names
-    """fp16, bf16 or fp8."""
+    """fp16, bf16 or fp8; of fp16 gradients are 16 bits wide, else float32."""
     loss_chunk: Column
     """Tokens whose logits exist at once, made again in the backward pass; 0 is all, made once."""
 

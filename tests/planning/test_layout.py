@@ -10,7 +10,10 @@ from megatron_ext.cli import app
 from megatron_ext.config import load_config, validate
 from megatron_ext.errors import ConfigError, UserError
 from megatron_ext.planning.layout import on_gpus, parallel_section, reason, search, workload
+from megatron_ext.planning.memory import memory
 from megatron_ext.planning.plan import flops_per_token, make_plan
+from megatron_ext.planning.prediction import constants
+from megatron_ext.planning.throughput import step_time
 from tests.conftest import ROOT
 
 LLAMA_2B = ROOT / "configs/models/llama_2b.yaml"
@@ -113,6 +116,18 @@ def test_the_written_section_loads_as_the_layout(tmp_path: Path) -> None:
         expected = choice.config
         assert loaded.parallel == expected.parallel.model_copy(update={"world_size": 128})
         assert loaded.training.micro_batch_size == expected.training.micro_batch_size
+
+
+def test_the_configs_number_formats_are_reckoned_with() -> None:
+    def of(*overrides: str) -> tuple[float, float]:
+        work = workload(load_config(LLAMA_2B, list(overrides)), 128, "h100")
+        seconds = step_time(work, constants().time)
+        return float(seconds.matmul[0]), float(memory(work, 0, constants().memory).gradients[0])
+
+    bf16, fp8 = of(), of("precision.fp8=tensorwise")
+    assert fp8[0] < 0.7 * bf16[0] and fp8[1] == bf16[1]
+    assert of("precision.dtype=fp16") == bf16
+    assert of("precision.grad_reduce=bf16") == (bf16[0], bf16[1] / 2)
 
 
 def test_flops_are_those_that_a_run_logs() -> None:

@@ -1,5 +1,7 @@
 """Bytes of a rank against the formulas of the papers, written down here a second time."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -138,3 +140,43 @@ def test_sharded_weights_stay_whole_in_a_pipeline() -> None:
     layers = 24 // 4 * 12 * H**2  # of a middle stage
     assert held(4) == 6 * layers + 4 * 12 * H**2
     assert held(1) < held(4)
+
+
+LLAMA_1B = {
+    "framework": "nanotron", "num_layers": 16, "heads": 32, "gated": 1, "vocab": 131072,
+    "seq_len": 4096, "global_batch": 256, "micro_batch": 1, "zero_stage": 1, "flash_attn": 1,
+}  # fmt: skip
+
+
+def test_inputs_that_wait_for_a_collective_are_neither_kept_ones_nor_beyond_the_gpu() -> None:
+    def waiting(**different: Any) -> float:
+        work = row(**{**LLAMA_1B, "seq_parallel": 1, **different})
+        parts = memory(work, 0, MemoryConstants(libraries_gib=0, allocator=1))
+        return float(parts.allocator[0] / (2 * work.micro_batch * 4096 * H)[0])
+
+    alone = waiting(tp=8, gpus=64)
+    # Eight stages hold eight micro-batches of a few layers: kept inputs would be as many as alone.
+    assert 15 < waiting(tp=8, pp=8, gpus=64) < alone < 60
+    assert waiting(tp=8, gpus=64, micro_batch=4) == pytest.approx(alone)
+    assert waiting(tp=8, gpus=64, micro_batch=64) == 0  # 60 GiB without them: the allocator waits
+    assert waiting(tp=1, gpus=64) == waiting(tp=8, gpus=64, framework="Megatron-LM") == 0
+
+
+def test_a_tie_of_layers_is_half_a_layer() -> None:
+    # The output projection weighs as much as 4 layers: each of 2 stages has a share of exactly 10.
+    def layers(pp: int) -> float:
+        work = row(**LLAMA_1B, tp=1, pp=pp, gpus=64)
+        weights = memory(work, 0, MemoryConstants()).weights[0] - 2 * 131072 * H
+        return float(weights / 2 / layer_parameters(work)[0])
+
+    assert [layers(pp) for pp in (2, 4, 8)] == [10.5, 5.5, 3]
+
+
+def test_messages_between_stages_are_split_like_activations() -> None:
+    def message(**different: Any) -> float:
+        parts = [memory(row(**different, pp=pp, dp=1), 0, MemoryConstants()) for pp in (1, 2)]
+        return float(parts[1].communication[0] - parts[0].communication[0])
+
+    whole = 2 * 2 * 4 * S * H  # one that comes and one that goes
+    assert message(tp=4) == whole
+    assert message(tp=4, seq_parallel=1) == whole / 4

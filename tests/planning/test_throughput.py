@@ -66,6 +66,19 @@ def test_tensor_parallelism_across_nodes_is_slower_than_within() -> None:
     assert across > within
 
 
+def test_many_small_gradient_messages_cost_the_more_the_more_ranks() -> None:
+    # Bytes over the bandwidth hardly differ between 64 and 128 ranks; buckets of 25 MB do.
+    def grows(framework: str) -> float:
+        times = [
+            step_time(row(framework=framework, gpus=n, dp=n, global_batch=512), TimeConstants())
+            for n in (64, 128)
+        ]
+        return float(times[1].data_parallel[0] / times[0].data_parallel[0])
+
+    assert grows("Megatron-LM") < 1.02
+    assert 1.02 < grows("nanotron") < 2
+
+
 def test_narrow_heads_cost_more_a_flop() -> None:
     # Dao 2023, figure 4 (A100, causal, forward and backward): 171 TFLOP/s at 64, 187 at 128.
     def attention(heads: int, head_dim: int) -> float:
