@@ -173,11 +173,8 @@ def preflight(config: Config, world_size: int) -> Preflight:
 
 def checkpoint_bytes_per_parameter(config: Config) -> int:
     """fp32: weight and two moments, 4 bytes each. bf16, fp16: 2 for the weight, 4 for its float32
-    master and 8 for the moments. The distributed optimizer keeps a float32 weight of its own as
-    well."""
-    if config.precision.dtype != "fp32":
-        return 2 + 4 + 8
-    return 4 + 8 + (4 if config.parallel.distributed_optimizer else 0)
+    master and 8 for the moments."""
+    return 4 + 8 if config.precision.dtype == "fp32" else 2 + 4 + 8
 
 
 def checkpoints_kept(config: Config) -> int:
