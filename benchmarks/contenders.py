@@ -2,7 +2,7 @@
 
     worker = Worker("ours", Case(SIZES["60M"], length=512, micro_batch=4))   # a process of its own
     worker.step(); worker.seconds, worker.results                # seconds, and the loss of each
-    worker.profile(); worker.close()                             # microseconds by kernel; memory
+    worker.profile(); worker.close()                             # step_profile.py; memory
 
 The same parameters and tokens, AdamW (PyTorch's fused one for the peers, as transformers' Trainer
 has it), gradient norm clipped at 1, no recomputation. In bf16 the peers compute under autocast with
@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.step_profile import Profile, profiled
+
 CONTENDERS = ("transformers", "plain PyTorch", "ours")
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "vocab_size")
 SIZES: dict[str, dict[str, int]] = {
@@ -103,10 +104,9 @@ class Worker:
         """Give memory that is not needed between steps to the others on the GPU."""
         self._ask("rest")
 
-    def profile(self) -> list[tuple[str, float]]:
-        """Kernels (on a CPU: operators) of one step and their microseconds; the last row is the
-        step's own."""
-        return self._ask("profile")["kernels"]
+    def profile(self) -> Profile:
+        """Where the time of one step goes."""
+        return Profile(**self._ask("profile"))
 
     def close(self) -> dict[str, Any]:
         """Parameters and peak memory; the process ends."""
@@ -152,7 +152,7 @@ def work(name: str, case: Case) -> None:
                 torch.cuda.synchronize()
             _say({"seconds": time.perf_counter() - started, "result": result})
         elif word == "profile":
-            _say({"kernels": profiled(step, gpu)})
+            _say(asdict(profiled(step, gpu)))
         elif word == "rest":
             if gpu:
                 torch.cuda.empty_cache()
@@ -169,27 +169,6 @@ def _say(answer: dict[str, Any]) -> None:
 
 def _resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def profiled(step: Callable[[], float], gpu: bool) -> list[tuple[str, float]]:
-    """Names and microseconds of what ran on the device in one step, then ("step", its own)."""
-    import torch
-    from torch.profiler import ProfilerActivity
-
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with torch.profiler.profile(activities=activities) as recorded:
-        started = time.perf_counter()
-        step()
-        if gpu:
-            torch.cuda.synchronize()
-        whole = (time.perf_counter() - started) * 1e6
-    rows = []
-    for event in recorded.key_averages():
-        on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        spent = event.self_device_time_total if gpu else event.self_cpu_time_total
-        if spent and on_device == gpu:
-            rows.append((event.key, spent))
-    return [*rows, ("step", whole)]
 
 
 def token_ids(case: Case) -> Iterator[Any]:
@@ -263,7 +242,12 @@ def build_transformers(case: Case) -> tuple[Callable[[], float], int]:
     import torch
     import torch.nn.functional as F
     import transformers
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    # Under torch.compile "sdpa" makes a mask of positions, in case several documents were packed
+    # (masking_utils.py, find_packed_sequence_indices), and a mask shuts the flash kernels out. For
+    # a name that it has no rule for it makes none, and attention is causal.
+    transformers.AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
     shape = case.shape
     with torch.device(case.device):
         model = transformers.LlamaForCausalLM(
@@ -275,7 +259,7 @@ def build_transformers(case: Case) -> tuple[Callable[[], float], int]:
                 vocab_size=shape["vocab_size"],
                 max_position_embeddings=case.length,
                 rope_parameters={"rope_type": "default", "rope_theta": BASE},
-                attn_implementation="sdpa",
+                attn_implementation="sdpa_without_mask",
                 use_cache=False,
             )
         )

@@ -14,13 +14,13 @@ so that 8 minutes should be enough.
 tokens/s, and what share of two peaks they are: TFLOP/s and MFU count 6 N + 12 L h s FLOPs a token
 (all scores) against the data sheet; the share of the matmul rate counts 6 N + 6 L h s (the causal
 half, what is really computed) against the best torch.matmul over the model's own shapes in the same
-turns. The profile groups the kernels of one step of ours, and says how long none was running.
+turns. The profile groups the kernels of one step of ours, and says how long none was running; the
+kernels of several streams may run at once.
 """
 
 import argparse
 import importlib.util
 import json
-import re
 import statistics
 import sys
 import time
@@ -30,6 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.contenders import CONTENDERS, SIZES, Case, Worker
+from benchmarks.step_profile import OTHER, Profile, by_category, longest_of
 
 # Name, size, length, micro-batch, micro-batches: at 4k 8 sequences a GPU and step, as the 2B's
 # batch of 1024 has on 128 GPUs.
@@ -50,20 +51,6 @@ TOY = {"toy": Case(_TINY, 128, 2, 2, "cpu", "bf16")}
 # Bytes of state a parameter, ours and the peers': 2 + 4 weights, 4 gradient, 8 moments; 4 + 4 + 8.
 _STATE_BYTES, _ROOM_BYTES = 18, 25e9
 
-# What a kernel is, by its name; the first that fits. CPU operators are named as well, for --toy.
-CATEGORIES = [
-    ("communication", r"nccl|gloo|all_reduce|all_gather|reduce_scatter"),
-    ("attention", r"flash|fmha|attention|sdpa|softmax.*bhs|cudnn_generated"),
-    ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|sm\d+_.*mma|aten::(mm|addmm|bmm|linear)"),
-    ("optimizer", r"adam|multi_tensor|_foreach|l2norm|lpnorm"),
-    ("cross-entropy", r"log_?softmax|logsumexp|nll|gather|scatter|exp_?$|fused.*exp"),
-    ("embedding", r"embedding|index_(select|put|add)"),
-    ("norm", r"rms|layer_?norm|vector_norm|rsqrt"),
-    ("rotation", r"rotary|fused.*(cos|sin)|aten::(cos|sin)"),
-    ("SwiGLU", r"silu|sigmoid|swiglu"),
-    ("copies and casts", r"copy|memcpy|memset|fill|zero|cat|to_copy|contiguous"),
-]
-
 
 @dataclass
 class Measured:
@@ -73,7 +60,7 @@ class Measured:
     results: list[float] = field(default_factory=list)
     peak_gb: float = 0.0
     parameters: int = 0
-    kernels: list[tuple[str, float]] = field(default_factory=list)
+    profile: Profile | None = None
 
 
 def main() -> None:
@@ -152,7 +139,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Measured]:
                     worker.step()
                 last = turn == options.rounds - 1
                 if last and name == "ours":
-                    mine.kernels = worker.profile()
+                    mine.profile = worker.profile()
                 if together and not last:
                     worker.rest()
                     continue
@@ -197,25 +184,16 @@ def report(name: str, case: Case, measured: dict[str, Measured], toy: bool) -> d
             "mfu": tflops / peak if peak else None, "of_matmul": share, "peak_gb": mine.peak_gb,
             "loss": mine.results[-1], "step_s": mine.seconds,
         }  # fmt: skip
-    table = by_category(measured["ours"].kernels)
+    profile = measured["ours"].profile
+    assert profile is not None
+    table = [*by_category(profile.kernels), ("no kernel running", profile.idle_us)]
     print("\n| where a step of ours goes | ms | share |\n| --- | --- | --- |")
-    whole = measured["ours"].kernels[-1][1]
     for what, spent in table:
-        print(f"| {what} | {spent / 1e3:.2f} | {spent / whole:.1%} |")
+        print(f"| {what} | {spent / 1e3:.2f} | {spent / profile.step_us:.1%} |")
+        if what == OTHER:
+            for kernel, part in longest_of(OTHER, profile.kernels, 5):
+                print(f"| - {kernel[:90]} | {part / 1e3:.2f} | {part / profile.step_us:.1%} |")
     return {"matmul_tflops": rate / 1e12, "contenders": rows, "profile_us": dict(table)}
-
-
-def by_category(kernels: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Microseconds of each category, the largest first, then those without a kernel."""
-    *rows, (_, whole) = kernels
-    spent: dict[str, float] = {}
-    for name, microseconds in rows:
-        what = next(
-            (what for what, rule in CATEGORIES if re.search(rule, name, re.IGNORECASE)), "other"
-        )
-        spent[what] = spent.get(what, 0.0) + microseconds
-    table = sorted(spent.items(), key=lambda row: -row[1])
-    return [*table, ("no kernel running", max(0.0, whole - sum(spent.values())))]
 
 
 def _has_transformers() -> bool:

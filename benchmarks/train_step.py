@@ -30,9 +30,9 @@ def main() -> None:
             options.profile, case_of(options.size[0], options.length[0]), options.threads
         )
         worker.step()
-        *rows, (_, whole) = worker.profile()
-        for name, spent in sorted(rows, key=lambda row: -row[1])[:30]:
-            print(f"{name[:70]:72}{spent / 1e3:>10.1f} ms{spent / whole:>8.1%}")
+        profile = worker.profile()
+        for name, spent in sorted(profile.kernels, key=lambda row: -row[1])[:30]:
+            print(f"{name[:70]:72}{spent / 1e3:>10.1f} ms{spent / profile.step_us:>8.1%}")
         worker.close()
         return
     print(

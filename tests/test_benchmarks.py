@@ -3,10 +3,18 @@
 import json
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
+from benchmarks.contenders import BUILDERS
+from benchmarks.gpu_train import TOY
+from benchmarks.step_profile import by_category, covered, longest_of, profiled
 from tests.conftest import ROOT, environment
 
 
@@ -49,3 +57,47 @@ def test_kernels_are_compared_with_float64_and_with_their_floor() -> None:
 )
 def test_without_a_gpu_one_sentence_says_what_to_do(name: str) -> None:
     assert "run on a GPU, or with --toy on a CPU" in run(f"benchmarks/{name}", code=1)
+
+
+@pytest.mark.parametrize("name", ["transformers", "plain PyTorch"])
+def test_the_compiled_peers_are_one_graph_with_causal_attention_and_no_mask(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    step, _ = BUILDERS[name](replace(TOY["toy"], compiled=True, micro_batches=1))
+    assert step() == pytest.approx(6.24, abs=0.1)
+    (graph,) = graphs
+    attention = F.scaled_dot_product_attention
+    calls = [node for node in graph.graph.nodes if node.target is attention]
+    assert len(calls) == 2  # layers
+    for call in calls:
+        assert len(call.args) == 3 and call.kwargs["is_causal"] is True
+        assert call.kwargs.get("attn_mask") is None
+
+
+def test_annotations_are_no_kernels_and_idle_time_is_what_no_kernel_covers() -> None:
+    def step() -> None:
+        with torch.profiler.record_function("annotation"):
+            (weight @ weight).sum().backward()
+            time.sleep(0.2)
+            optimizer.step()
+
+    weight = torch.randn(64, 64, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    step()
+    profile = profiled(step, gpu=False)
+    names = {name for name, _ in profile.kernels}
+    assert {"aten::mm", "aten::_fused_adamw_"} <= names
+    assert not names & {"annotation", "Optimizer.step#AdamW.step"}
+    assert 2e5 <= profile.idle_us < profile.step_us
+    assert covered([(0, 2), (5, 9), (1, 4), (6, 7)]) == 8
+    rows = [("aten::mm", 3.0), ("NormTwoOps", 1.0), ("mystery", 2.0), ("add_", 4.0)]
+    assert by_category(rows) == [("other", 6.0), ("matrix products", 3.0), ("optimizer", 1.0)]
+    assert longest_of("other", rows, 1) == [("add_", 4.0)]
