@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,9 @@ def build_datasets(config: Config) -> tuple[Dataset, Dataset]:
     """
     parent = cache_parent(config)
     cache = parent / _cache_key(config)
-    private = _as_rank_0_says(None if cache.is_dir() else parent / f".{cache.name}.{uuid.uuid4()}")
+    private = _as_rank_0_says(
+        lambda: None if cache.is_dir() else parent / f".{cache.name}.{uuid.uuid4()}"
+    )
     if private is not None:
         try:
             _open(config, private)
@@ -82,8 +84,9 @@ def _cache_key(config: Config) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(made_from, sort_keys=True).encode())
 
 
-def _as_rank_0_says(value: Path | None) -> Path | None:
-    answer = [value]
+def _as_rank_0_says(question: Callable[[], Path | None]) -> Path | None:
+    # Nobody else looks: a shared file system may remember for a while that a folder was not there.
+    answer = [question() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(answer)
     return answer[0]
 
