@@ -16,6 +16,7 @@ from typing import Any
 
 from data_tools import commands
 from data_tools.errors import Failure, UserError
+from data_tools.lines import MAX_LINE_BYTES
 
 EXAMPLES = {
     "tokenize": """examples:
@@ -147,18 +148,26 @@ def _add_output(add: Any) -> None:
     add("--overwrite", action="store_true", help="replace an output made from something else")
 
 
+def _cores() -> int:
+    """Those that this process may use, as Slurm allots them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _add_tokenize(add: Any) -> None:
     _add_inputs(add)
     _add_output(add)
     add("--tokenizer", required=True, help="sentencepiece .model, tokenizer.json, or their folder")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    add("--workers", type=int, default=_cores(), help="processes (%(default)s)")
     switch = argparse.BooleanOptionalAction
     add("--append-eod", action=switch, default=True, help="end every document with EOD (yes)")
     add("--prepend-bos", action=switch, default=False, help="begin every document with BOS (no)")
     add("--eod-token", help="the piece that ends a document, where the tokenizer does not say")
     add("--bos-token", help="the piece that begins a document, where the tokenizer does not say")
     add("--min-tokens", type=int, default=0, help="leave out shorter documents (%(default)s)")
-    add("--max-line-bytes", type=int, default=64 << 20, help="reject longer lines (%(default)s)")
+    longest = MAX_LINE_BYTES
+    add("--max-line-bytes", type=int, default=longest, help="reject longer lines (%(default)s)")
     add("--shard-tokens", type=int, default=0, help="several pairs of about so many tokens (one)")
     add("--seed", type=int, help="put documents in an order this seed decides (input order)")
     add("--task", default="0/1", metavar="I/N", help="encode the I-th of N shares; then `merge`")

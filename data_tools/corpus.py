@@ -22,8 +22,8 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from stat import S_ISREG
+from typing import Any, BinaryIO, NoReturn, cast
 
 from data_tools.errors import Failure, UserError
 
@@ -45,6 +45,8 @@ _SUFFIXES = {
 _IN_FOLDERS = re.compile(
     r"\.(jsonl|json|ndjson)(\.(gz|zst|zstd|bz2|xz))?$|\.parquet$", re.IGNORECASE
 )
+_OTHER_ARCHIVES = re.compile(r"\.(jsonl|json|ndjson)\.(lz4|lzma|br|sz|zip|7z|Z)$", re.IGNORECASE)
+_BESIDE_DOCUMENTS = ("quality_signals", "duplicates", "minhash")  # in RedPajama v2
 # RedPajama's slices as they appear in paths; the first match in the path wins.
 _SLICES = {
     "common_crawl": r"common_?crawl|cc",
@@ -85,15 +87,11 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
         if text == "-":
             names.append(text)
         elif os.path.isdir(text):
-            found = sorted(
-                str(p) for p in Path(text).rglob("*")
-                if _IN_FOLDERS.search(p.name) and not _is_ours(p.relative_to(text)) and p.is_file()
-            )  # fmt: skip
+            found = sorted(_files_below(text))
             if not found:
                 raise UserError(
                     f"folder {text} holds no .jsonl, .json or .parquet file (plain, .gz, .zst, "
-                    ".bz2, .xz): "
-                    "name one that does"
+                    ".bz2, .xz): name one that does"
                 )
             names += found
         elif os.path.exists(text):
@@ -119,18 +117,52 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     return [describe(name) for name in names]
 
 
-def _is_ours(path: Path) -> bool:
-    """Hidden files, and what these tools write beside their outputs."""
-    ours = path.name.endswith((".receipt.json", ".rejected.jsonl"))
-    return ours or path.name.startswith(".") or any(p.endswith(".work") for p in path.parts)
+def _files_below(folder: str) -> Iterator[str]:
+    """Files of documents in a folder and those below it, links followed. Hidden files are left
+    out, what these tools write beside their outputs, and what RedPajama v2 has beside its
+    documents."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(
+            f"folder {error.filename} cannot be read ({error.strerror}): make it readable, or name "
+            "the files that are meant"
+        )
+
+    walked = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(place)
+        if real in walked:  # a link in a circle, or a second one to the same folder
+            folders.clear()
+            continue
+        walked.add(real)
+        beside = _BESIDE_DOCUMENTS if "documents" in folders else ()
+        folders[:] = [f for f in folders if not f.endswith(".work") and f not in beside]
+        for name in files:
+            path = os.path.join(place, name)
+            if name.startswith(".") or name.endswith((".receipt.json", ".rejected.jsonl")):
+                continue
+            if _OTHER_ARCHIVES.search(name):
+                raise UserError(
+                    f"{path} is compressed in a way that is not read here: compress it as .gz, "
+                    ".zst, .bz2 or .xz, or name the files that are meant"
+                )
+            if _IN_FOLDERS.search(name) and os.path.isfile(path):
+                yield path
 
 
 def describe(path: str) -> Source:
     """Look at one file: size, compression (by its first bytes, checked against its name), slice."""
     if path == "-":
         return Source("-", "", 0, 0, "stdin")
+    if not _is_utf8(path):
+        raise UserError(f"input {path!r} has a name that is not UTF-8: rename it")
     try:
         stat = os.stat(path)
+        if not S_ISREG(stat.st_mode):  # it could be read only once, and its size is not known
+            raise UserError(
+                f"input {path} is no regular file: pipe what it gives into the command, and write "
+                "- in its place"
+            )
         with open(path, "rb") as stream:
             head = stream.read(8)
     except OSError as error:
@@ -152,6 +184,14 @@ def describe(path: str) -> Source:
             + ": it is truncated, corrupt or misnamed"
         )
     return Source(path, compression, stat.st_size, stat.st_mtime_ns, slice_of_path(path))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def slice_of_path(path: str) -> str:

@@ -26,13 +26,13 @@ COPY_BYTES = 8 << 20
 
 def cache_folder(name: str) -> Path:
     """The user's cache folder for `name`, or a temporary one where that cannot be written."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "megatron-ext" / name
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "megatron-ext" / name
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # the latter of a user without a home
         # Compiled code is loaded from here: never from a place that others can foresee and fill.
         return Path(tempfile.mkdtemp(prefix=f"megatron-ext-{name}-"))
 

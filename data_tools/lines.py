@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from data_tools.corpus import Source, read_blocks
 
-MAX_LINE_BYTES = 64 << 20
+MAX_LINE_BYTES = 32 << 20
 
 
 class Line(NamedTuple):

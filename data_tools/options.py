@@ -14,6 +14,7 @@ from typing import Any
 
 from data_tools.documents import DEFAULT_TEXT_KEYS
 from data_tools.errors import UserError
+from data_tools.lines import MAX_LINE_BYTES
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Options:
     prepend_bos: bool = False
     text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS
     min_tokens: int = 0
-    max_line_bytes: int = 64 << 20
+    max_line_bytes: int = MAX_LINE_BYTES
     shard_tokens: int = 0  # 0: one pair of files
     seed: int | None = None  # None: documents stay in input order
     task: tuple[int, int] = (0, 1)
@@ -40,8 +41,7 @@ class Options:
         if not 1 << 10 <= self.max_line_bytes <= 1 << 30:
             raise UserError(
                 f"--max-line-bytes {self.max_line_bytes} is outside 1 KiB to 1 GiB: longer lines "
-                "cannot be "
-                "held in memory, shorter ones are no documents"
+                "cannot be held in memory, shorter ones are no documents"
             )
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise UserError(f"--seed {self.seed} is not in 0 .. 2^63 - 1: choose one that is")

@@ -48,7 +48,9 @@ def _rows(batch) -> Iterator[bytes]:
         try:
             for name in batch.schema.names:
                 value = batch.column(name)[i].as_py()
-                row[name] = value.decode() if isinstance(value, bytes) else value
+                if isinstance(value, bytes):  # of the slice's name it may be anything
+                    value = value.decode(errors="replace" if name in _USED else "strict")
+                row[name] = value
             yield orjson.dumps(row, default=str)
         except UnicodeDecodeError:
             yield b"\xff"  # is rejected as invalid UTF-8, with its row

@@ -126,13 +126,12 @@ def work_folder(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> Iterat
                 file=sys.stderr,
             )
         plan = folder / "plan.json"
-        known = read_json(plan) if plan.exists() else None
+        known = _read_plan(plan)
         unrepeatable = any(entry["path"] == "-" for entry in wanted["inputs"])
         if known is not None and known != wanted and not overwrite:
             raise UserError(
                 f"{folder} holds unfinished work on other inputs, options or another tokenizer: "
-                "choose "
-                "another --output, or write --overwrite to discard it"
+                "choose another --output, or write --overwrite to discard it"
             )
         if known != wanted or unrepeatable:
             for child in folder.iterdir():
@@ -143,6 +142,17 @@ def work_folder(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> Iterat
             write_json(plan, wanted)
         (folder / "parts").mkdir(exist_ok=True)
         yield folder
+
+
+def _read_plan(plan: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(plan)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{plan} is damaged ({error}): remove {plan.parent} and begin again"
+        ) from error
 
 
 def publish_all(folder: Path, prefix: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ standard input go to one task whole.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data_tools.corpus import Source
 from data_tools.options import Options
@@ -46,7 +46,6 @@ def share_out(sources: Sequence[Source], options: Options) -> list[Share]:
     task, tasks = options.task
     total = sum(source.size for source in sources)
     low, high = total * task // tasks, total * (task + 1) // tasks
-    streams = sum(not source.divisible for source in sources)
     shares, begin = [], 0
     for number, source in enumerate(sources):
         end = begin + source.size
@@ -56,9 +55,14 @@ def share_out(sources: Sequence[Source], options: Options) -> list[Share]:
                 shares.append(Share(number, start - begin, stop - begin, RANGES))
         # Midpoints fall into exactly one task's interval; standard input has no size.
         elif low <= (begin + end) // 2 < high or (source.path == "-" and task == 0):
-            whole = source.compression == "parquet" or (
-                source.path != "-" and (source.size <= _SMALL_BYTES or streams >= _MANY)
-            )
-            shares.append(Share(number, 0, source.size, WHOLE if whole else SPOOLED))
+            shares.append(Share(number, 0, source.size, SPOOLED))
         begin = end
-    return shares
+    many = sum(share.mode == SPOOLED for share in shares) >= _MANY
+    return [replace(s, mode=WHOLE) if _goes_whole(sources, s, many) else s for s in shares]
+
+
+def _goes_whole(sources: Sequence[Source], share: Share, many: bool) -> bool:
+    source = sources[share.source]
+    if share.mode != SPOOLED or source.path == "-":
+        return False
+    return source.compression == "parquet" or source.size <= _SMALL_BYTES or many

@@ -31,7 +31,7 @@ from data_tools.pair import shuffled
 from data_tools.parts import Part, read_part
 from data_tools.progress import Progress
 from data_tools.publication import finished, publish_all, work_folder
-from data_tools.receipt import FORMAT, command_line, describe_tokenizer, versions
+from data_tools.receipt import FORMAT, command_line, describe_tokenizer, read_receipt, versions
 from data_tools.shares import SPOOLED, Share, share_out
 from data_tools.spool import spool_parts
 from data_tools.tokenizer import Tokenizer
@@ -140,7 +140,7 @@ class _Run:
         for stale in (*self.setup.folder.glob("*.spool"), *self.setup.folder.glob(".*.tmp*")):
             stale.unlink(missing_ok=True)
         encoder = make_encoder(self.tokenizer, self.setup.fast)
-        if encoder.note and not self.quiet:
+        if encoder.note:
             print(f"tokenize: {encoder.note}", file=sys.stderr)
         total = sum(share.end - share.start for share in self.shares)
         with (
@@ -149,6 +149,7 @@ class _Run:
             ) as workers,
             Progress("tokenize", total, self.quiet) as self.progress,
         ):
+            self._report()  # what an earlier run did is no part of this one's rate
             self._encode_all(workers)
         self.assembler.commit()
         self._check_rejected(final=True)
@@ -157,6 +158,7 @@ class _Run:
         return {
             "inputs": entries,
             "tokenizer": describe_tokenizer(self.tokenizer),
+            "encoder": encoder.note or "the compiled kernel",
             "options": self.options.recorded(),
             "counts": self.assembler.totals.counts(),
             "lengths": self.assembler.totals.histogram,
@@ -249,6 +251,10 @@ class _Run:
             assembler.append(result)
             self.consumed = result.stats["consumed"]
             self._check_rejected(final=False)
+        self._report()
+
+    def _report(self) -> None:
+        assembler = self.assembler
         self.progress.update(
             self._bytes_done(),
             assembler.totals.sum("documents"),
@@ -271,14 +277,15 @@ class _Run:
         if not self.allowance.exceeded(rejected, totals.lines, final):
             return
         self.assembler.commit()
-        listed = Path(f"{self.prefix}.rejected.jsonl")
-        shutil.copyfile(self.assembler.rejects_file, listed)
+        listed = self.assembler.rejects_file
+        if read_receipt(self.prefix) is None:  # else the list beside it is of what is finished
+            listed = Path(f"{self.prefix}.rejected.jsonl")
+            shutil.copyfile(self.assembler.rejects_file, listed)
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in totals.rejected.most_common())
         raise UserError(
             f"{rejected:,} of {totals.lines:,} lines were rejected ({reasons}), more than "
-            "--max-rejected "
-            f"{self.allowance.text}: look at {listed}, then mend the input or allow more (the "
-            "work is kept)"
+            f"--max-rejected {self.allowance.text}: look at {listed}, then allow more (the work is "
+            "kept), or mend the input and write --overwrite"
         )
 
     def _complete(self) -> tuple[list[dict[str, Any]], Path]:

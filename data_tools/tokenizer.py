@@ -19,6 +19,7 @@ import numpy as np
 import orjson
 
 from data_tools.errors import UserError
+from data_tools.long_texts import PIECE, cut, cuts_at_words
 
 # What Hugging Face folders call the token that ends a document.
 _HF_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -150,6 +151,7 @@ class HuggingFaceTokenizer:
         # Control tokens in the text stay text: by default the library turns "</s>" into the id of
         # EOD.
         self.processor.encode_special_tokens = True
+        self._cuts_at_words = cuts_at_words(self.json)
         vocabulary = self.processor.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         configs = _read_configs(file.parent)
@@ -169,6 +171,11 @@ class HuggingFaceTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._cuts_at_words and any(len(text) > PIECE for text in texts):
+            return [np.concatenate([self._encode([p])[0] for p in cut(text)]) for text in texts]
+        return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         # The batch call has no offsets to build and releases the interpreter lock.
         encodings = self.processor.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]

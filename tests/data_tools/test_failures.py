@@ -21,7 +21,7 @@ from data_tools.options import Options
 from data_tools.tokenization import tokenize
 from data_tools.tokenizer import Tokenizer
 
-from .conftest import documents, expected, write_compressed
+from .conftest import documents, expected, write_compressed, write_jsonl
 
 GOOD = [f"document number {i}" for i in range(100)]
 LINES = [json.dumps({"text": text}).encode() for text in GOOD]
@@ -269,6 +269,27 @@ def test_an_over_long_line_is_named_and_the_rest_kept(
         record = json.loads(Path(f"{prefix}.rejected.jsonl").read_text())
         assert (record["line"], record["offset"], record["bytes"]) == (51, offset, len(long))
         assert record["reason"] == "line too long"
+
+
+def test_a_refused_replacement_leaves_the_list_of_what_is_finished(
+    model: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "x.jsonl"
+    source.write_bytes(b'{"text": "a"}\nbad\n')
+    tokenize([str(source)], model, tmp_path / "out", max_rejected="1")
+    before = (tmp_path / "out.rejected.jsonl").read_bytes()
+    source.write_bytes(b"bad\nworse\n")
+    with pytest.raises(UserError, match=r"out\.work/rejected\.jsonl"):
+        tokenize([str(source)], model, tmp_path / "out", max_rejected="0", overwrite=True)
+    assert (tmp_path / "out.rejected.jsonl").read_bytes() == before
+
+
+def test_a_damaged_plan_is_named(model: str, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", ["a"])
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work/plan.json").write_text('{"inputs": ')
+    with pytest.raises(UserError, match=r"plan\.json is damaged .* remove "):
+        tokenize([str(source)], model, tmp_path / "out")
 
 
 def test_hopeless_input_stops_early(model: str, tmp_path: Path) -> None:

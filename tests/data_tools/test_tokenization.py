@@ -74,10 +74,14 @@ def test_hugging_face_twin_gives_the_same_files(
 
 
 def test_without_the_kernel_the_files_are_the_same(
-    reference: Path, model: str, tmp_path: Path
+    reference: Path, model: str, tmp_path: Path, capsys
 ) -> None:
-    tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", fast=False, workers=2)
+    source = [str(reference / "c4.jsonl")]
+    receipt = tokenize(source, model, tmp_path / "out", fast=False, workers=2)
     assert outputs(tmp_path / "out") == outputs(reference / "out")
+    # That it was slow is said, whatever else is not.
+    assert receipt["encoder"] == "the fast path is switched off"
+    assert capsys.readouterr().err == "tokenize: the fast path is switched off\n"
 
 
 def test_bos_eod_and_shortest_length(model: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -135,6 +139,7 @@ def test_receipt_says_what_went_in_and_out(
     }
     assert receipt["tokenizer"]["vocab_size"] == 1000
     assert receipt["tokenizer"]["eod_id"] == 2
+    assert receipt["encoder"] == "the compiled kernel"
     assert receipt["tokenizer"]["hash"] == tokenizer.hash
     xxhash = pytest.importorskip("xxhash")
     for entry in (*receipt["inputs"], *(receipt["outputs"]["pairs"][0][e] for e in ("bin", "idx"))):
