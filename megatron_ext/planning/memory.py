@@ -26,6 +26,7 @@ from megatron_ext.planning.sources import (
     layers_of_stage,
     prints_tensors_only,
     reading,
+    runs_ahead,
     waiting_tensors,
 )
 from megatron_ext.planning.workload import Column, Workloads
@@ -94,9 +95,10 @@ def memory(w: Workloads, stage: Column | int, c: MemoryConstants) -> Memory:
     moving = activations + recomputed + logits
     allocator = (c.allocator - 1) * moving + c.libraries_gib * GIB
     held = weights + gradients + optimizer + moving + communication + allocator
-    waiting = waiting_tensors(w, layers, tokens * per_layer) * inputs
+    waiting = waiting_tensors(w, layers) * inputs
     # Before it gives up, the allocator waits for them.
-    allocator = allocator + np.where(held + waiting <= w.gpu.memory_gib * GIB, waiting, 0)
+    ahead = runs_ahead(w, tokens * per_layer) & (held + waiting <= w.gpu.memory_gib * GIB)
+    allocator = allocator + np.where(ahead, waiting, 0)
     return Memory(
         weights, gradients, optimizer, activations, recomputed, logits, communication, allocator
     )

@@ -56,21 +56,25 @@ def keeps_scores(w: Workloads) -> Mask:
     return np.where(golden, ~fused, w.flash_attn == 0)
 
 
-def waiting_tensors(w: Workloads, layers: Column, work: Column) -> Column:
+def waiting_tensors(w: Workloads, layers: Column) -> Column:
     """Whole inputs of a layer (2 bytes x tokens x hidden) that are dead but cannot be used again.
 
     What NCCL reads is free when its stream has passed; until then a CPU that runs ahead takes new
     memory. nanotron's sweep shows about 15, one for each of the stage's `layers` and one for each
-    micro-batch in flight; kept inputs would grow with the product of the two, and do not. None wait
-    where the CPU does: at two stages, which often wait for messages, unless `work` (multiply-adds
-    of one layer on a rank) keeps the GPU busy long; and where runs were several times slower, which
-    most on 512 GPUs and most pipelines with tensor parallelism over many nodes were.
+    micro-batch in flight; kept inputs would grow with the product of the two, and do not.
     """
+    return np.where((w.framework == "nanotron") & (w.tp > 1), 15 + layers + w.pp, 0.0)
+
+
+def runs_ahead(w: Workloads, work: Column) -> Mask:
+    """Whether they wait. Not where the CPU does: at two stages, which often wait for messages,
+    unless `work` (multiply-adds of one layer on a rank) keeps the GPU busy long; and not where runs
+    were several times slower, as most on 512 GPUs and most pipelines with tensor parallelism over
+    many nodes."""
     alone = (w.pp == 1) & ((w.gpus < 512) | (w.tp > 16))
     two = (w.pp == 2) & (w.gpus <= 128) & (w.tp <= 8) & (work > 7e11)
     more = (w.pp > 2) & (w.gpus < 512) & (w.tp * w.gpus <= 2048)
-    ahead = (w.framework == "nanotron") & (w.tp > 1) & (alone | two | more)
-    return np.where(ahead, 15 + layers + w.pp, 0.0)
+    return alone | two | more
 
 
 def keeps_half_gradients(w: Workloads) -> Mask:
