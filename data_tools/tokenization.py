@@ -37,6 +37,8 @@ from data_tools.spool import spool_parts
 from data_tools.tokenizer import Tokenizer
 from data_tools.workers import Setup, Workers
 
+_PARTS_AHEAD = 512  # finished ones that may lie on the disk while an earlier one is at work
+
 
 def tokenize(
     inputs: Sequence[str],
@@ -174,7 +176,11 @@ class _Run:
             while True:
                 # Twice as many as workers: none ever waits, and memory and spool files stay
                 # bounded.
-                while not exhausted and len(pending) < 2 * workers.count:
+                while (
+                    not exhausted
+                    and len(pending) < 2 * workers.count
+                    and len(self.ready) < _PARTS_AHEAD
+                ):
                     part = next(tasks, None)
                     if part is None:
                         exhausted = True

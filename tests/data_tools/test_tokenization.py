@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from data_tools.corpus import find_sources
 from data_tools.errors import Failure, UserError
@@ -71,6 +73,40 @@ def test_hugging_face_twin_gives_the_same_files(
 ) -> None:
     tokenize([str(reference / "c4.jsonl")], huggingface, tmp_path / "out")
     assert outputs(tmp_path / "out") == outputs(reference / "out")
+
+
+def test_a_disk_full_of_waiting_parts_changes_nothing(
+    reference: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.tokenization._PARTS_AHEAD", 1)
+    options = Options(part_bytes=5000)
+    tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", options, workers=2)
+    assert outputs(tmp_path / "out") == outputs(reference / "out")
+
+
+def test_byte_level_tokenizers_go_to_their_library(
+    texts: list[str], tmp_path: Path, capsys
+) -> None:
+    """GPT-2's kind, and Llama 3's: their ids, and no control id where one is spelled out."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = byte_level
+    library.train_from_iterator(texts[:50], trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    some = [*texts[:50], "a <|endoftext|> b"]
+    source = write_jsonl(tmp_path / "x.jsonl", some)
+    receipt = tokenize(
+        [str(source)], tmp_path / "tokenizer.json", tmp_path / "out", eod_token="<|endoftext|>"
+    )
+    library.encode_special_tokens = True
+    assert documents(tmp_path / "out") == [[*library.encode(text).ids, 0] for text in some]
+    assert receipt["counts"]["literal_control_tokens"] == {"<|endoftext|>": 1}
+    assert "ids come from the tokenizer's own library" in receipt["encoder"]
+    assert "ids come from the tokenizer's own library" in capsys.readouterr().err
 
 
 def test_without_the_kernel_the_files_are_the_same(
