@@ -76,6 +76,8 @@ def pretrain(config: Config, watch: Supervision) -> int:
     planned = plan_tasks(config)
     watch.start()
 
+    # What slurm/pretrain.sbatch sets and explains, for other launchers. CUDA reads it at its start.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Torch and Megatron-Core take seconds to import: only after everything cheap was checked.
     # Which kernels are used stands in our own log; Megatron-Core would warn six times.
     warnings.filterwarnings("ignore", module="megatron|torch.distributed")

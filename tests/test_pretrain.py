@@ -29,7 +29,10 @@ def test_run_folder_explains_itself(config_file: Path, tmp_path: Path) -> None:
     assert [r["step"] for r in steps] == [5, 10, 15, 20]
     assert all(set(r) == METRICS for r in steps)
     assert steps[-1]["tokens"] == 20 * 8 * 64
-    assert json.loads((run_dir / "environment.json").read_text())["world_size"] == 1
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["world_size"] == 1
+    assert environment["variables"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"  # also without Slurm
+    assert environment["variables"]["OMP_NUM_THREADS"] == "1"
     assert json.loads((run_dir / "data.json").read_text())["seed"] == 1234
     kept = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
     assert kept == ["step_00000010", "step_00000020"]

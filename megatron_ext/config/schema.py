@@ -301,7 +301,7 @@ class Parallel(Section):
     """Weights of one bucket. Smaller ones begin earlier, larger ones use the network better."""
     tensor_overlap: bool = setting(False)
     """Overlap the communication of tensor parallelism with the matrix products; needs
-    parallel.sequence and Transformer Engine."""
+    parallel.sequence and Transformer Engine, and before Hopper UB_SKIPMC=1 in the environment."""
 
     @property
     def model_ranks(self) -> int:
@@ -345,7 +345,8 @@ class Kernels(Section):
     that cannot be had is refused. How to install them: docs/install-gpu.md."""
 
     backend: Literal["auto", "transformer_engine", "torch"] = setting("auto")
-    """Norms and linear layers: Transformer Engine's, or Megatron-Core's with PyTorch's norm."""
+    """Norms and linear layers: Transformer Engine's, or Megatron-Core's with PyTorch's norm. fp32
+    takes the latter: Transformer Engine would multiply in TF32."""
     attention: Literal["auto", "transformer_engine", "flash_attn", "cudnn", "flash", "sdpa"] = (
         setting("auto")
     )

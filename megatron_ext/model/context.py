@@ -32,12 +32,15 @@ def my_part(whole: Tensor, dim: int) -> Tensor:
 
 def gather_sequence(mine: Tensor, group: ProcessGroup) -> Tensor:
     """All ranks' parts [seq / ranks, ..] as one sequence [seq, ..] in its order."""
-    ranks = group.size()
     gathered = gather_from_sequence_parallel_region(mine.contiguous(), group=group)
-    chunks = gathered.unflatten(0, (2 * ranks, -1))
-    # Rank r sent chunks r and 2 ranks - 1 - r, one after the other.
-    order = [2 * c if c < ranks else 2 * (2 * ranks - 1 - c) + 1 for c in range(2 * ranks)]
-    return chunks[torch.tensor(order, device=mine.device)].flatten(0, 1)
+    return in_order(gathered, group.size())
+
+
+def in_order(gathered: Tensor, ranks: int) -> Tensor:
+    """The sequence [seq, ..] of what the ranks sent, one after the other: each its own chunk and
+    the mirrored one. By no index: to copy one to a GPU waits for all that the GPU has to do."""
+    chunks = gathered.chunk(2 * ranks)
+    return torch.cat((*chunks[::2], *chunks[::-2]))
 
 
 def attend(

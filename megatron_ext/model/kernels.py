@@ -11,6 +11,7 @@ the packages. `look` looks, and imports what is installed: being there is not en
 
 import functools
 import importlib
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -51,6 +52,8 @@ class Found:
     """Package -> why it cannot be used. One that is not named here can."""
     compiler: bool = True
     """A C compiler, which Triton needs to start its kernels."""
+    without_multicast: bool = False
+    """UB_SKIPMC=1: Transformer Engine's tensor overlap may do without CUDA multicast."""
 
     def lacks(self, package: str) -> str:
         """Why there is no such package for a GPU, or "" when there is."""
@@ -101,13 +104,15 @@ class _Option:
 def _transformer_engine(config: Config, found: Found) -> str:
     if config.data.mask_documents:
         return "data.mask_documents=true needs masks of our own"
+    if config.precision.dtype == "fp32" and found.capability is not None:
+        return "Transformer Engine multiplies fp32 in TF32"
     return found.lacks("transformer_engine")
 
 
 def _its_attention(config: Config, found: Found) -> str:
     if config.kernels.backend == "torch":
         return "kernels.backend=torch"
-    if config.precision.dtype == "fp32":
+    if config.precision.dtype == "fp32" and found.capability is not None:
         return "its fused attention has no fp32"
     return _transformer_engine(config, found)
 
@@ -204,7 +209,21 @@ def choose(config: Config, found: Found) -> Kernels:
             f"{least[0]}.{least[1]}, not {found.capability[0]}.{found.capability[1]}: set "
             "precision.fp8=none"
         )
+    _check_multicast(config, found)
     return Kernels(**chosen, cross_entropy=_cross_entropy(config))
+
+
+def _check_multicast(config: Config, found: Found) -> None:
+    """Transformer Engine ends with an AssertionError where its overlap finds no multicast."""
+    capability = found.capability
+    if not config.parallel.tensor_overlap or found.without_multicast or capability is None:
+        return
+    if capability < (9, 0):
+        raise UserError(
+            "parallel.tensor_overlap=true uses CUDA multicast, which needs a GPU of compute "
+            f"capability 9.0, not {capability[0]}.{capability[1]}: export UB_SKIPMC=1 to go "
+            "without it, or set parallel.tensor_overlap=false"
+        )
 
 
 def plain(config: Config) -> Config:
@@ -239,6 +258,7 @@ def look() -> Found:
         # Without a GPU none is taken, and those that Megatron-Core must not see stay unimported.
         problems={name: problem for name in PACKAGES if gpu and (problem := problem_of(name))},
         compiler=any(map(shutil.which, _COMPILERS)),
+        without_multicast=os.environ.get("UB_SKIPMC", "0") != "0",
     )
 
 

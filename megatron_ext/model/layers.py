@@ -225,9 +225,9 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
-def begin_tensor_overlap(config: Config) -> None:
+def begin_tensor_overlap(config: Config, dtype: torch.dtype) -> None:
     """Transformer Engine's buffers for parallel.tensor_overlap, of a whole micro-batch on a
-    context-parallel rank; once, before the layers are built."""
+    context-parallel rank in the model's dtype; once, before the layers are built."""
     from transformer_engine.pytorch.module.base import initialize_ub
 
     parallel, training = config.parallel, config.training
@@ -236,5 +236,6 @@ def begin_tensor_overlap(config: Config) -> None:
         shape=[tokens, config.model.hidden_size],
         tp_size=parallel.tensor,
         use_fp8=config.precision.fp8 != "none",
+        dtype=dtype,
         bootstrap_backend="nccl",
     )

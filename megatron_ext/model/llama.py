@@ -30,9 +30,9 @@ from megatron_ext.rope.embedding import RotaryEmbedding
 def build_model(config: Config) -> list[DistributedDataParallel]:
     """This rank's stage and shard with its initial weights, inside Megatron-Core's gradient
     reduction (DistributedDataParallel)."""
-    if config.parallel.tensor_overlap:
-        begin_tensor_overlap(config)
     transformer = transformer_config(config)
+    if config.parallel.tensor_overlap:
+        begin_tensor_overlap(config, transformer.params_dtype)
     chunks = build_chunks(config, transformer)
     for chunk in chunks:
         initialize_weights(chunk, config)

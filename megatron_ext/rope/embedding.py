@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.rope.bound import Floats
 from megatron_ext.rope.frequencies import (
     NoScaling,
     RopeFrequencies,
@@ -65,6 +66,7 @@ class RotaryEmbedding(torch.nn.Module):
         self._where: Tensor
         self.register_buffer("_where", torch.empty(0, dtype=torch.uint8), persistent=False)
         self._tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._copies: dict[tuple[bytes, torch.device], Tensor] = {}
         self._positions: Tensor | None = None
 
     def frequencies(self, current_length: int) -> RopeFrequencies:
@@ -163,19 +165,26 @@ class RotaryEmbedding(torch.nn.Module):
     @torch.no_grad()
     def _angles(self, positions: Tensor, rope: RopeFrequencies) -> Tensor:
         """positions [seq, batch or 1] -> float32 [seq, batch or 1, 1, rotary_dim]."""
-
-        def float64(values: Any) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=positions.device)
-
         m = positions.to(torch.float64)[:, :, None, None]
-        angles = m * float64(rope.inv_freq)
-        if rope.kept_positions:
-            angles = torch.where(m < rope.kept_positions, m * float64(rope.kept_inv_freq), angles)
+        angles = m * self._on(m.device, rope.inv_freq)
+        if rope.kept_inv_freq is not None:
+            kept = m * self._on(m.device, rope.kept_inv_freq)
+            angles = torch.where(m < rope.kept_positions, kept, angles)
         turn = 2 * torch.pi
         angles = (angles - turn * torch.round(angles / turn)).to(torch.float32)
         if self.interleaved:
             return angles.repeat_interleave(2, dim=-1)
         return torch.cat((angles, angles), dim=-1)
+
+    def _on(self, device: torch.device, frequencies: Floats) -> Tensor:
+        """float64 there, and kept: to copy them waits for all that a GPU has to do."""
+        key = (frequencies.tobytes(), device)
+        if key not in self._copies:
+            if len(self._copies) == _TABLES_KEPT:
+                self._copies.clear()
+            with torch.inference_mode(False):
+                self._copies[key] = torch.tensor(frequencies, dtype=torch.float64, device=device)
+        return self._copies[key]
 
 
 def apply_rotary(

@@ -17,6 +17,9 @@ from megatron_ext.config import Config, save_config
 from megatron_ext.training.utilization import CONVENTION, Peak, flops_per_token
 from megatron_ext.world import World, device_name
 
+# Variables of the environment that change how fast a run is, or whether it works.
+_SETTING = ("CUDA_", "GLOO_", "NCCL_", "NVTE_", "OMP_", "PYTORCH_", "TORCH", "TRITON_", "UB_")
+
 
 def describe_run(
     config: Config,
@@ -51,6 +54,7 @@ def describe_run(
                 if _installed(name)
             },
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_SETTING)},
             "utilization": {
                 "convention": CONVENTION,
                 "flops_per_token": flops_per_token(config),

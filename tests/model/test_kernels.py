@@ -59,10 +59,11 @@ def test_auto_takes_the_fastest_that_is_there(found: Found, differs: dict[str, s
     assert names(choose(config(), found)) == PLAIN | differs
 
 
-def test_attention_in_fp32_is_left_to_sdpa() -> None:
-    """Of Transformer Engine's only the unfused one could do it."""
-    kernels = choose(config("precision.dtype=fp32"), machine(HOPPER))
-    assert (kernels.backend.name, kernels.attention.name) == ("transformer_engine", "sdpa")
+def test_fp32_is_left_to_pytorch() -> None:
+    """Transformer Engine multiplies fp32 in TF32, and of its attentions only the unfused has it."""
+    chosen = choose(config("precision.dtype=fp32"), machine(HOPPER))
+    assert names(chosen) == PLAIN | {"optimizer": "transformer_engine", "fusions": "compiled"}
+    assert "backend torch (Transformer Engine multiplies fp32 in TF32)" in str(chosen)
 
 
 def test_the_line_of_the_log_says_why() -> None:
@@ -114,6 +115,8 @@ def test_a_forced_choice_that_is_missing_is_refused_with_the_way_to_get_it(packa
         (["kernels.grad_accumulation=apex", "precision.dtype=fp32"], machine(HOPPER), "16 bits"),
         (["kernels.attention=transformer_engine", "precision.dtype=fp32"], machine(HOPPER),
          r"transformer_engine cannot be had \(its fused attention has no fp32\)"),
+        (["kernels.backend=transformer_engine", "precision.dtype=fp32"], machine(HOPPER),
+         r"transformer_engine cannot be had \(Transformer Engine multiplies fp32 in TF32\)"),
         (["kernels.backend=torch", "kernels.attention=transformer_engine"], machine(HOPPER),
          r"kernels\.attention=transformer_engine cannot be had \(kernels\.backend=torch\)"),
         (["precision.fp8=tensorwise"], machine(HOPPER, ["transformer_engine"]),
@@ -124,6 +127,8 @@ def test_a_forced_choice_that_is_missing_is_refused_with_the_way_to_get_it(packa
         ([*OVERLAP, "data.mask_documents=true"], machine(HOPPER), "data.mask_documents=true needs"),
         (OVERLAP, machine(HOPPER, ["transformer_engine"]),
          "parallel.tensor_overlap=true needs kernels.backend=transformer_engine"),
+        (OVERLAP, machine(AMPERE),
+         r"capability 9\.0, not 8\.0: export UB_SKIPMC=1 .*, or set parallel\.tensor_over"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_refused_in_one_sentence(settings, found, sentence: str) -> None:
@@ -135,6 +140,17 @@ def test_what_cannot_be_had_is_refused_in_one_sentence(settings, found, sentence
 def test_fp8_and_tensor_overlap_are_let_through_where_they_work() -> None:
     choose(config("precision.fp8=tensorwise", *OVERLAP), machine(HOPPER))
     choose(config("precision.fp8=mxfp8"), machine((10, 0)))
+    choose(config(*OVERLAP), Found(AMPERE, {}, without_multicast=True))
+
+
+@pytest.mark.parametrize(("value", "asked"), [("1", True), ("0", False), (None, False)])
+def test_overlap_without_multicast_is_asked_for_in_the_environment(
+    value: str | None, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("UB_SKIPMC", raising=False)
+    if value is not None:
+        monkeypatch.setenv("UB_SKIPMC", value)
+    assert look.__wrapped__().without_multicast is asked
 
 
 def test_masks_between_documents_keep_to_kernels_that_take_them() -> None:

@@ -33,6 +33,7 @@ from megatron_ext.rope.embedding import (  # noqa: E402 -- after torch is known 
     apply_rotary,
     context_parallel_slice,
 )
+from tests.copies import CopiesOfPython  # noqa: E402
 from tests.rope.in_float64 import in_float64  # noqa: E402
 
 HEAD_DIM = 64
@@ -53,6 +54,7 @@ RULES = [
         factor=8.0,
     ),
 ]
+LONGROPE = LongRope(**{**vars(RULES[-1]), "kept_positions": 5})
 IDS = ["none", "abf", "linear", "ntk", "dynamic", "yarn", "paper", "revised", "llama3", "longrope"]
 SAME_AT_EVERY_LENGTH = [rule for rule in RULES if not rule.follows_length]
 
@@ -290,6 +292,20 @@ def test_an_evaluation_in_inference_mode_leaves_usable_tables():
         rotary(16)
     t = torch.randn(16, 1, 1, HEAD_DIM, requires_grad=True)
     apply_rotary(t, rotary(16)).sum().backward()
+
+
+@pytest.mark.parametrize("rule", [NoScaling(), LONGROPE], ids=["none", "longrope"])
+def test_positions_of_their_own_copy_nothing_to_the_device_again(rule):
+    rotary = RotaryEmbedding(1e4, HEAD_DIM, rule)
+    first, second = torch.arange(16).view(2, 8), torch.arange(3, 19).view(2, 8)
+    with rotary.at(first), torch.inference_mode(), CopiesOfPython() as copies:
+        rotary(8)
+    assert copies.made
+    with rotary.at(second), CopiesOfPython() as copies:
+        angles = rotary(8)
+    assert not copies.made
+    with RotaryEmbedding(1e4, HEAD_DIM, rule).at(second) as fresh:
+        assert torch.equal(angles, fresh(8))
 
 
 def test_it_works_on_the_meta_device_and_moves_with_the_model():
