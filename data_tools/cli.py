@@ -39,7 +39,7 @@ EXAMPLES = {
   data-tools download urls.txt --output data/ --checksums arxiv_SHA256SUMS.txt""",
     "dedup": """examples:
   data-tools dedup data/ --report duplicates.jsonl
-  data-tools dedup data/ --report duplicates.jsonl --near --output clean/""",
+  data-tools dedup data/ --report near.jsonl --near --output clean/""",
 }
 
 
@@ -208,7 +208,8 @@ def _add_dedup(add: Any) -> None:
     add("--report", required=True, metavar="FILE", help="one JSON line a duplicate")
     add("--near", action="store_true", help="also similar documents (MinHash)")
     add("--threshold", type=float, default=0.8, help="Jaccard similarity (%(default)s)")
-    add("--output", metavar="FOLDER", help="write the inputs without duplicates here")
+    add("--output", metavar="FOLDER", help="write the inputs (JSONL files) without duplicates here")
+    add("--overwrite", action="store_true", help="replace files that are there, inputs never")
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ def run_download(given: Namespace) -> None:
 
 def run_dedup(given: Namespace) -> None:
     from data_tools.deduplication import deduplicate
+    from data_tools.reading import rejected_words
 
     found = deduplicate(
         given.inputs,
@@ -184,15 +185,16 @@ def run_dedup(given: Namespace) -> None:
         threshold=given.threshold,
         output=given.output,
         text_keys=_words(given.text_key),
+        overwrite=given.overwrite,
     )
     share = found["duplicate_bytes"] / max(1, found["bytes"])
     _show(
         given,
         found,
         f"{given.report}: {found['duplicates']:,} of {found['documents']:,} documents are "
-        "duplicates "
-        f"({found['exact']:,} exact, {found['near']:,} near), {share:.1%} of the text"
-        + (f"; {given.output} holds the rest" if found["removed"] else "; nothing was removed"),
+        f"duplicates ({found['exact']:,} exact, {found['near']:,} near), {share:.1%} of the text"
+        + (f"; {given.output} holds the rest" if found["removed"] else "; nothing was removed")
+        + rejected_words(found["rejected"]),
     )
 
 

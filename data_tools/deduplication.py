@@ -7,16 +7,19 @@ Exact: the same words in the same order, letters' case, punctuation and white sp
 any word, the same text); 32 bytes of memory a document. Near: MinHash (Broder 1997) over 5-word
 shingles with locality-sensitive hashing, by datasketch (the `dedup` extra); estimated Jaccard
 similarity of `threshold` or more, in memory. The first document in input order is kept. Removing
-writes new files and leaves the inputs.
+writes new files and leaves the inputs; a file that is there is replaced only with `overwrite`, an
+input never.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,17 @@ import orjson
 import xxhash
 
 from data_tools.corpus import Source, find_sources
-from data_tools.documents import DEFAULT_TEXT_KEYS, parse_line
+from data_tools.documents import DEFAULT_TEXT_KEYS
 from data_tools.errors import Failure, UserError
 from data_tools.files import atomic_write
-from data_tools.lines import MAX_LINE_BYTES, Line, read_lines
+from data_tools.lines import MAX_LINE_BYTES, read_lines
+from data_tools.lock import exclusive
+from data_tools.reading import read_documents
 
 _WORD = re.compile(r"\w+")
 SHINGLE = 5
 PERMUTATIONS = 128
+MOST_SIMILAR = 0.98  # beyond, 128 permutations make no two bands to look documents up by
 
 
 def deduplicate(
@@ -43,37 +49,62 @@ def deduplicate(
     threshold: float = 0.8,
     output: str | os.PathLike[str] | None = None,
     text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write one JSON line a duplicate to `report`; with `output`, also the inputs without them.
 
-    Returns counts. Raises `UserError`.
+    Returns counts, among them those of lines without a document, by reason. Raises `UserError`, and
+    `Failure` when an input is damaged.
     """
-    if not 0 < threshold <= 1:
+    if not 0 < threshold <= MOST_SIMILAR:
         raise UserError(
-            f"--threshold {threshold} is not a similarity above 0 and up to 1: write 0.8"
+            f"--threshold {threshold} is not above 0 and up to {MOST_SIMILAR}: write 0.8, or leave "
+            "out --near for documents that are equal"
         )
+    report = Path(report)
     sources = find_sources(inputs)
-    if any(source.path == "-" or source.compression == "parquet" for source in sources):
+    if output is not None and any(s.path == "-" or s.compression == "parquet" for s in sources):
         raise UserError(
-            "dedup reads its input twice and writes JSONL: name JSONL files, not - or Parquet"
+            "dedup --output reads its input twice and writes JSONL: name JSONL files, not - or "
+            "Parquet, or leave --output out"
         )
     targets = _targets(sources, Path(output)) if output is not None else []
+    _refuse_replacing(sources, report, targets, overwrite)
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(
+            exclusive(report.with_name(f".{report.name}.lock"), f"--report {report}")
+        )
+        if output is not None:
+            locks.enter_context(exclusive(Path(output) / ".dedup.lock", f"--output {output}"))
+        return _deduplicate(sources, report, targets, threshold if near else None, text_keys)
+
+
+def _deduplicate(
+    sources: Sequence[Source],
+    report: Path,
+    targets: Sequence[Path],
+    threshold: float | None,
+    text_keys: tuple[str, ...],
+) -> dict[str, Any]:
     places = array("Q")  # source << 40 | line
     sizes = array("Q")
     low, high = array("Q"), array("Q")
-    index = _NearIndex(threshold) if near else None
+    index = _NearIndex(threshold) if threshold is not None else None
     near_of: dict[int, tuple[int, float]] = {}
-    for number, line, text in _documents(sources, text_keys):
-        # A text without any word (emoji, rules of dashes) is compared as it is.
-        words = normalise(text) or [text]
-        digest = xxhash.xxh3_128_intdigest(" ".join(words).encode())
-        k = len(places)
-        places.append(number << 40 | line.number)
-        sizes.append(len(text))
-        low.append(digest & 0xFFFFFFFFFFFFFFFF)
-        high.append(digest >> 64)
-        if index is not None and (match := index.add(k, words)) is not None:
-            near_of[k] = match
+    rejected: Counter[str] = Counter()
+    for number, source in enumerate(sources):
+        for line, document in read_documents(source, text_keys, rejected):
+            text = document.text.decode()
+            # A text without any word (emoji, rules of dashes) is compared as it is.
+            words = normalise(text) or [text]
+            digest = xxhash.xxh3_128_intdigest(" ".join(words).encode())
+            k = len(places)
+            places.append(number << 40 | line.number)
+            sizes.append(len(text))
+            low.append(digest & 0xFFFFFFFFFFFFFFFF)
+            high.append(digest >> 64)
+            if index is not None and (match := index.add(k, words)) is not None:
+                near_of[k] = match
     duplicate_of, kinds = _exact(low, high)
     for k, (first, _) in near_of.items():
         if k not in duplicate_of:
@@ -98,6 +129,7 @@ def deduplicate(
         "near": sum(kind == "near" for kind in kinds.values()),
         "bytes": sum(sizes),
         "duplicate_bytes": sum(sizes[k] for k in duplicate_of),
+        "rejected": dict(rejected),
         "report": os.fspath(report),
         "removed": bool(targets),
     }
@@ -106,16 +138,6 @@ def deduplicate(
 def normalise(text: str) -> list[str]:
     """The words that decide equality: NFKC, lower case, without punctuation and white space."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
-
-
-def _documents(
-    sources: Sequence[Source], text_keys: tuple[str, ...]
-) -> Iterator[tuple[int, Line, str]]:
-    for number, source in enumerate(sources):
-        for line in read_lines(source):
-            document = parse_line(line.data, text_keys)
-            if document.reason is None:
-                yield number, line, document.text.decode()
 
 
 def _exact(low: array, high: array) -> tuple[dict[int, int], dict[int, str]]:
@@ -172,20 +194,30 @@ def _targets(sources: Sequence[Source], folder: Path) -> list[Path]:
     for path in paths:
         name = re.sub(r"\.(gz|zst|zstd|bz2|xz)$", "", path.name)
         targets.append(folder / path.relative_to(root).parent / name)
-    if len(set(targets)) < len(targets) or any(
-        t.resolve() in {p.resolve() for p in paths} for t in targets
-    ):
+    if len(set(targets)) < len(targets):
         raise UserError(
-            f"--output {folder} would overwrite an input, or two inputs of one name: choose "
-            "another folder"
+            f"two inputs would have one name below --output {folder}: clean them one by one"
         )
     return targets
 
 
+def _refuse_replacing(
+    sources: Sequence[Source], report: Path, targets: Sequence[Path], overwrite: bool
+) -> None:
+    inputs = {os.path.realpath(source.path) for source in sources}
+    if os.path.realpath(report) in {os.path.realpath(target) for target in targets}:
+        raise UserError(f"{report} would be the report and a cleaned file: choose another --report")
+    for path in (report, *targets):
+        if os.path.realpath(path) in inputs:
+            raise UserError(f"{path} is an input, and would be overwritten: choose another place")
+        if os.path.lexists(path) and not overwrite:
+            raise UserError(
+                f"{path} exists: choose another place, or write --overwrite to replace it"
+            )
+
+
 def _filter(source: Source, number: int, doomed: set[int], target: Path) -> None:
-    """Copy a source line by line without the doomed ones; bad lines stay for `tokenize` to
-    report.
-    """
+    """Copy a source without the doomed lines; bad ones stay, for `tokenize` to report."""
     with atomic_write(target) as stream:
         for line in read_lines(source):
             if line.size > MAX_LINE_BYTES:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from pathlib import Path
 
 import pytest
 
+from data_tools.cli import main
 from data_tools.deduplication import deduplicate, normalise
 from data_tools.errors import UserError
+from data_tools.lock import exclusive
 
 from .conftest import library_text, write_jsonl
 
@@ -60,8 +63,84 @@ def test_removing_leaves_the_inputs_and_keeps_every_other_line(
     assert lines[2:] == [b"not json"]
     (line,) = (tmp_path / "clean" / "b.jsonl").read_bytes().splitlines()
     assert json.loads(line)["text"] == "other"
-    with pytest.raises(UserError, match="overwrite an input"):
+    with pytest.raises(UserError, match="is an input"):
         deduplicate([str(folder / "a.jsonl")], tmp_path / "r", output=folder)
+
+
+@pytest.mark.parametrize(
+    ("report", "output", "words"),
+    [
+        ("data/a.jsonl", None, "is an input"),
+        ("data/../link.jsonl", None, "is an input"),
+        ("mine/a.jsonl", "mine", "report and a cleaned file"),
+        ("r", "kept", "kept/a.jsonl exists"),
+        ("kept/a.jsonl", None, "kept/a.jsonl exists"),
+        ("kept/a.jsonl/r", None, "cannot be written"),
+        ("r", "kept/a.jsonl/x", "cannot be written"),
+    ],
+)
+def test_no_file_that_is_there_is_replaced_unasked(
+    folder: Path, tmp_path: Path, report: str, output: str | None, words: str, capsys
+) -> None:
+    (tmp_path / "link.jsonl").symlink_to(folder / "a.jsonl")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "a.jsonl").write_text("precious")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    command = ["dedup", str(folder), "--report", str(tmp_path / report)]
+    command += ["--output", str(tmp_path / output)] if output else []
+    assert main(command) == 2
+    assert words in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_asked_for_what_is_there_is_replaced_but_never_an_input(
+    folder: Path, tmp_path: Path
+) -> None:
+    for overwrite in (False, True):
+        deduplicate([str(folder)], tmp_path / "r", output=tmp_path / "clean", overwrite=overwrite)
+    assert len(report_of(tmp_path / "r")) == 3
+    with pytest.raises(UserError, match="is an input"):
+        deduplicate([str(folder)], folder / "b.jsonl.gz", overwrite=True)
+
+
+def test_a_second_dedup_on_the_same_files_waits_for_its_turn(folder: Path, tmp_path: Path) -> None:
+    with (
+        exclusive(tmp_path / ".r.lock", "--report r"),
+        pytest.raises(UserError, match="another data-tools is writing"),
+    ):
+        deduplicate([str(folder)], tmp_path / "r")
+    deduplicate([str(folder)], tmp_path / "r")
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["r"]
+
+
+def test_lines_without_a_document_are_counted(folder: Path, tmp_path: Path, capsys) -> None:
+    with open(folder / "a.jsonl", "ab") as stream:
+        stream.write(b"not json\n{}\n\n")
+    assert main(["dedup", str(folder), "--report", str(tmp_path / "r")]) == 0
+    words = "3 lines passed over (1 not JSON, 1 no text key, 1 blank line)"
+    assert words in capsys.readouterr().out
+
+
+def test_parquet_and_standard_input_are_reported_and_not_rewritten(
+    tmp_path: Path, monkeypatch
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "x.parquet")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "Two"}\n')))
+    inputs = [str(tmp_path / "x.parquet"), "-"]
+    with pytest.raises(UserError, match="--output"):
+        deduplicate(inputs, tmp_path / "r", output=tmp_path / "clean")
+    deduplicate(inputs, tmp_path / "r")
+    assert report_of(tmp_path / "r") == [("-", 1, "x.parquet", 2)]
+
+
+@pytest.mark.parametrize("threshold", [0, 0.99, 1, 1.1, float("nan")])
+def test_similarities_that_cannot_be_searched_for_are_refused(
+    folder: Path, tmp_path: Path, threshold: float
+) -> None:
+    with pytest.raises(UserError, match="--threshold"):
+        deduplicate([str(folder)], tmp_path / "r", near=True, threshold=threshold)
 
 
 def test_normalising_looks_at_words_only() -> None:
@@ -73,7 +152,8 @@ def test_documents_without_words_are_compared_as_they_are(tmp_path: Path) -> Non
     for near in (False, True):
         if near:
             pytest.importorskip("datasketch")
-        deduplicate([str(tmp_path / "x.jsonl")], tmp_path / "report.jsonl", near=near)
+        source, report = str(tmp_path / "x.jsonl"), tmp_path / "report.jsonl"
+        deduplicate([source], report, near=near, overwrite=near)
         assert report_of(tmp_path / "report.jsonl") == [("x.jsonl", 3, "x.jsonl", 1)]
 
 
@@ -89,7 +169,7 @@ def test_near_duplicates(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [*texts, *changed])
     report = tmp_path / "report.jsonl"
     assert deduplicate([str(tmp_path / "x.jsonl")], report)["duplicates"] == 0
-    found = deduplicate([str(tmp_path / "x.jsonl")], report, near=True)
+    found = deduplicate([str(tmp_path / "x.jsonl")], report, near=True, overwrite=True)
     assert found["near"] == 3
     n = len(texts)
     assert report_of(report) == [("x.jsonl", n + 1 + i, "x.jsonl", 1 + i) for i in range(3)]
