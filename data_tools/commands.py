@@ -164,13 +164,16 @@ def run_download(given: Namespace) -> None:
         connections=given.connections,
         quiet=given.quiet,
     )
-    unsure = found["without_checksum"]
+    old = found["not_compared"]
+    new = found["without_checksum"] - old
+    unsure = [f"{new:,} fetched now and compared in length"] if new else []
+    unsure += [f"{old:,} found there and not looked into"] if old else []
     _show(
         given,
         found,
         f"{given.output}: {found['files']:,} files, {found['bytes'] / 1e6:,.1f} MB, "
         f"{found['fetched']:,} fetched now"
-        + (f"; {unsure:,} have no checksum, only their length was compared" if unsure else ""),
+        + (f"; without checksum: {', '.join(unsure)}" if unsure else ""),
     )
 
 

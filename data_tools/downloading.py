@@ -4,33 +4,39 @@
 
 A manifest is text: a URL a line (RedPajama's own lists), optionally with a checksum before or after
 it ("sha256:..." or bare hex of md5, sha1, sha256), or `checksum  name` lines in a second file given
-as `checksums` (RedPajama's sha256 lists). A file appears under its name only when it is whole.
-Files keep the path of their URL below what all URLs share. Refuses a path that leaves the folder.
+as `checksums` (RedPajama's sha256 lists). A file appears under its name only when it is whole: it
+has its checksum, or else the length the server tells. Files keep the path of their URL below what
+all URLs share. Refuses a path that leaves the folder, and a second download into it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from queue import SimpleQueue
 from typing import Any
 
 from data_tools.errors import Failure, UserError
-from data_tools.files import replace
+from data_tools.files import replace, write_file
+from data_tools.lock import exclusive
 from data_tools.progress import Progress
 
 _ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256"}
 _CHECKSUM = re.compile(r"(?:(md5|sha1|sha256):)?([0-9a-fA-F]{32}|[0-9a-fA-F]{40}|[0-9a-fA-F]{64})")
 _BLOCK = 1 << 20
+PAUSE_S = 1.0  # before the second attempt; doubled for each one after it
 
 
 @dataclass(frozen=True)
@@ -56,21 +62,23 @@ def read_manifest(manifest: str, checksums: str | None = None) -> list[Item]:
             raise UserError(
                 f"{manifest}:{number}: {line[:80]!r} is not a URL with or without a checksum"
             )
-        if urllib.parse.urlsplit(urls[0]).scheme not in ("http", "https", "file"):
+        try:
+            url = _ascii(urls[0])
+        except ValueError as error:
+            raise UserError(f"{manifest}:{number}: {urls[0]} is not a URL ({error})") from error
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
             raise UserError(
                 f"{manifest}:{number}: {urls[0]} is neither http nor https: write one that is"
             )
-        entries.append((urls[0], _normal(sums[0]) if sums else ""))
+        entries.append((url, _normal(sums[0]) if sums else ""))
     if not entries:
         raise UserError(f"{manifest} lists no URL: write one a line")
-    paths = [
-        PurePosixPath(urllib.parse.unquote(urllib.parse.urlsplit(url).path)) for url, _ in entries
-    ]
+    paths = [PurePosixPath("/" + _path_of(url).lstrip("/")) for url, _ in entries]
     root = PurePosixPath(os.path.commonpath([str(path.parent) for path in paths]))
     items = []
     for (url, digest), path in zip(entries, paths, strict=True):
         relative = path.relative_to(root)
-        if ".." in relative.parts or not path.name:
+        if ".." in relative.parts or not path.name or not str(path).isprintable():
             raise UserError(
                 f"{manifest}: {url} has no file name or leaves the output folder: mend it"
             )
@@ -78,14 +86,28 @@ def read_manifest(manifest: str, checksums: str | None = None) -> list[Item]:
             (known[n] for n in (str(path).lstrip("/"), str(relative), path.name) if n in known), ""
         )
         items.append(Item(url, str(relative), found))
-    doubled = (
-        {item.path for item in items if sum(i.path == item.path for i in items) > 1}
-        if len(items) < 5000
-        else set()
-    )
-    if doubled:
-        raise UserError(f"{manifest} lists {sorted(doubled)[0]} twice: list every file once")
+    files = Counter(item.path for item in items)
+    if doubled := [path for path, times in files.items() if times > 1]:
+        raise UserError(f"{manifest} lists {doubled[0]} twice: list every file once")
+    folders = {str(parent) for path in files for parent in PurePosixPath(path).parents}
+    if both := sorted(folders & files.keys()):
+        raise UserError(f"{manifest} makes {both[0]} a file and a folder: fetch them one by one")
     return items
+
+
+def _ascii(url: str) -> str:
+    """The URL as it goes over the wire (RFC 3986). Raises ValueError where there is none."""
+    parts = urllib.parse.urlsplit(url)
+    if not parts.hostname and parts.scheme != "file":
+        raise ValueError("it names no host")
+    _ = parts.port  # raises what urlsplit lets pass
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    path, query = (urllib.parse.quote(part, safe="/%:@!$&'()*+,;=?~") for part in parts[2:4])
+    return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
+
+
+def _path_of(url: str) -> str:
+    return urllib.parse.unquote(urllib.parse.urlsplit(url).path)
 
 
 def download(
@@ -106,52 +128,103 @@ def download(
     items = read_manifest(manifest, checksums)
     folder = Path(output)
     failures: list[str] = []
-    fetched = size = 0
+    fetched = size = unseen = 0
     with (
-        ThreadPoolExecutor(connections) as pool,
+        exclusive(folder / ".download.lock", f"--output {output}"),
         Progress("download", len(items), quiet) as progress,
+        _fetching(items, folder, connections, attempts) as results,
     ):
-        futures = {pool.submit(_fetch, item, folder, attempts): item for item in items}
-        for done, (future, item) in enumerate(futures.items(), 1):
-            try:
-                new, length = future.result()
-                fetched += new
-                size += length
-            except Failure as error:
-                failures.append(f"{item.path}: {error}")
+        for done in range(1, len(items) + 1):
+            item, found = results.get()
+            if isinstance(found, Unwritable) or not isinstance(found, Failure | tuple):
+                raise found
+            if isinstance(found, Failure):
+                failures.append(f"{item.path}: {found}")
+            else:
+                fetched += found[0]
+                size += found[1]
+                unseen += not item.checksum and not found[0]
             progress.update(done, done, 0, size)
     if failures:
         raise Failure(
             f"{len(failures)} of {len(items)} files could not be fetched (the same command goes "
-            "on): " + "; ".join(failures[:5])
+            "on): " + "; ".join(sorted(failures)[:5])
         )
     return {
         "files": len(items),
         "fetched": fetched,
         "bytes": size,
         "without_checksum": sum(not item.checksum for item in items),
+        "not_compared": unseen,
     }
 
 
-def _fetch(item: Item, folder: Path, attempts: int) -> tuple[bool, int]:
+class Unwritable(Failure):
+    """The output cannot be written: no other file has a better chance."""
+
+
+class _Stopped(Exception):
+    """The run ends before this file does."""
+
+
+@contextlib.contextmanager
+def _fetching(
+    items: Sequence[Item], folder: Path, connections: int, attempts: int
+) -> Iterator[SimpleQueue]:
+    """Threads that fetch, and the queue of (item, result or exception).
+
+    Daemons: a server that falls silent keeps no thread of theirs, and so not the process, from
+    ending. What is partly there stays for the next run.
+    """
+    todo: SimpleQueue[Item | None] = SimpleQueue()
+    results: SimpleQueue[tuple[Item, Any]] = SimpleQueue()
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set() and (item := todo.get()) is not None:
+            try:
+                results.put((item, _fetch(item, folder, attempts, stop)))
+            except _Stopped:
+                return
+            except Exception as error:
+                results.put((item, error))
+
+    threads = [
+        threading.Thread(target=work, daemon=True) for _ in range(min(connections, len(items)))
+    ]
+    for entry in (*items, *[None] * len(threads)):
+        todo.put(entry)
+    for thread in threads:
+        thread.start()
+    try:
+        yield results
+    finally:
+        stop.set()
+        deadline = time.monotonic() + 1.0
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _fetch(item: Item, folder: Path, attempts: int, stop: threading.Event) -> tuple[bool, int]:
     """Fetch one file unless it is there and right; returns whether it was fetched, and its size."""
     final = folder / item.path
-    if final.is_file():
-        if not item.checksum or _matches(final, item.checksum):
+    try:
+        if final.is_file() and (not item.checksum or _matches(final, item.checksum)):
             return False, final.stat().st_size
-        final.unlink()  # damaged since: fetch it again
-    final.parent.mkdir(parents=True, exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unwritable(f"{final}: {error.strerror}") from error
     partial = final.with_name(f".{final.name}.part")
     problem = "no attempt was made"
     for attempt in range(attempts):
-        if attempt:
-            time.sleep(min(30.0, 0.5 * 2**attempt))
+        if stop.wait(min(30.0, PAUSE_S * 2 ** (attempt - 1)) if attempt else 0):
+            raise _Stopped
         try:
-            _receive(item.url, partial)
+            _receive(item, partial, stop)
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code} from {item.url}"
             if error.code == 416:  # the partial file does not fit the remote one: begin again
-                partial.unlink(missing_ok=True)
+                _discard(partial)
             elif error.code < 500 and error.code not in (408, 429):
                 break
             continue
@@ -159,30 +232,88 @@ def _fetch(item: Item, folder: Path, attempts: int) -> tuple[bool, int]:
             problem = f"{error} ({item.url})"
             continue
         if item.checksum and not _matches(partial, item.checksum):
-            partial.unlink()
+            _discard(partial)
             problem = f"the content does not have the checksum {item.checksum}"
             continue
-        replace(partial, final)
+        with _writing(final):
+            replace(partial, final)
+        _discard(partial)
         return True, final.stat().st_size
     raise Failure(problem)
 
 
-def _receive(url: str, partial: Path) -> None:
-    """Append to `partial` what it lacks. Raises when the connection ends early."""
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+def _tag_file(partial: Path) -> Path:
+    """Holds what the server called the version of which `partial` is the beginning."""
+    return partial.with_suffix(".tag")
+
+
+def _discard(partial: Path) -> None:
+    partial.unlink(missing_ok=True)
+    _tag_file(partial).unlink(missing_ok=True)
+
+
+def _receive(item: Item, partial: Path, stop: threading.Event) -> None:
+    """Append to `partial` what it lacks. Raises when the connection ends early.
+
+    It goes on only where the server confirms that the file is still the same (If-Range, RFC 9110,
+    section 13.1.5), or a checksum will tell.
+    """
+    tag_file = _tag_file(partial)
+    tag = tag_file.read_text() if tag_file.exists() else ""
+    have = partial.stat().st_size if partial.exists() and (tag or item.checksum) else 0
+    headers = {"Range": f"bytes={have}-", **({"If-Range": tag} if tag else {})} if have else {}
+    request = urllib.request.Request(item.url, headers=headers)
     with urllib.request.urlopen(request, timeout=60) as response:
-        resumed = have > 0 and getattr(response, "status", None) == 206
-        with open(partial, "ab" if resumed else "wb") as stream:
-            received = 0
-            while block := response.read(_BLOCK):
-                stream.write(block)
-                received += len(block)
-            stream.flush()
-            os.fsync(stream.fileno())
-        expected = response.headers.get("Content-Length")
-        if expected is not None and received != int(expected):
-            raise OSError(f"the connection ended after {received:,} of {int(expected):,} bytes")
+        resumed = have > 0 and response.status == 206
+        total = _total_bytes(response, resumed)
+        if total is None and not item.checksum:
+            raise Failure(
+                "the server tells neither its length nor its end, so nothing shows whether it is "
+                "whole: give a checksum"
+            )
+        size = have if resumed else 0
+        with _writing(partial):
+            stream = open(partial, "ab" if resumed else "wb", buffering=0)  # noqa: SIM115
+            if not resumed:  # only now is nothing left of what an older tag belongs to
+                write_file(tag_file, _strong_tag(response))
+        with stream:
+            while block := response.read1(_BLOCK):
+                if stop.is_set():
+                    raise _Stopped
+                view = memoryview(block)
+                with _writing(partial):
+                    while len(view):
+                        view = view[stream.write(view) :]
+                size += len(block)
+            with _writing(partial):
+                os.fsync(stream.fileno())
+    if total is not None and total >= 0 and size != total:
+        if size > total:
+            _discard(partial)
+        raise OSError(f"the connection ended after {size:,} of {total:,} bytes")
+
+
+def _total_bytes(response: http.client.HTTPResponse, resumed: bool) -> int | None:
+    """Length of the whole file; -1 where chunks mark its end, None where nothing does."""
+    if resumed:
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    else:
+        total = response.headers.get("Content-Length", "")
+    return int(total) if total.isdigit() else -1 if response.chunked else None
+
+
+def _strong_tag(response: http.client.HTTPResponse) -> str:
+    tag = response.headers.get("ETag", "")
+    return "" if tag.startswith("W/") else tag or response.headers.get("Last-Modified", "")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the disk are no errors of the network: trying again mends nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(f"{path} cannot be written ({error.strerror})") from error
 
 
 def _matches(path: Path, checksum: str) -> bool:
