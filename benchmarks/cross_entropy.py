@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import benchmarks  # noqa: F401  before Megatron-Core, as it says
+
 KINDS = {"pytorch": "PyTorch's cross_entropy", "whole": "Megatron-Core's", "chunked": "in chunks"}
 
 
@@ -47,6 +49,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     import torch.nn.functional as F
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+    from benchmarks.kernel_paths import one_process
     from megatron_ext.model.cross_entropy import chunked_cross_entropy
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
@@ -69,8 +72,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         return chunked_cross_entropy(hidden, weight, labels, compiled=compiled)
 
     function = {"pytorch": pytorch, "whole": whole, "chunked": chunked}[options.measure]
-    if options.measure == "whole":
-        one_process(torch)
+    with one_process(torch.device(options.device)):
+        return timed(options, function, hidden, weight)
+
+
+def timed(options, function, hidden, weight) -> dict[str, float]:
+    import torch
+
     watch = PeakMemory(torch, options.device)
     seconds = []
     for _ in range(options.rounds):
@@ -82,19 +90,6 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         hidden.grad = weight.grad = None
         del losses
     return {"peak": watch.stop(), "seconds": median(seconds), "loss": loss}
-
-
-def one_process(torch) -> None:
-    """Megatron-Core's loss asks for a tensor-parallel group."""
-    from megatron.core import parallel_state
-
-    from megatron_ext import cpu
-
-    if not torch.cuda.is_available():
-        cpu.prepare()
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
-    parallel_state.initialize_model_parallel()
 
 
 class PeakMemory:

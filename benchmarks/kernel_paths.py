@@ -1,9 +1,7 @@
 """Every way that a kernel of the model can be computed, beside what it has to equal.
 
-    for kernel in KERNELS.values():
-        for path in kernel.paths:
-            if not lacking(path, device):
-                differences(kernel, path, SMALL, device, torch.bfloat16)
+    with one_process(device):                  # Megatron-Core's loss asks for its groups
+        for kernel in KERNELS.values(): ...    # what to do with one: kernel.py
 
 Used by benchmarks/gpu_kernels.py (parity and speed) and by tests/model/test_kernel_paths.py. The
 reference of each is written in float64 from its formula, on the same rounded inputs.
@@ -12,105 +10,43 @@ reference of each is written in float64 from its formula, on the same rounded in
 from __future__ import annotations
 
 import functools
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from benchmarks.kernel import SIXTEEN_BITS, Build, Kernel, Path, function
+from megatron_ext import cpu
 from megatron_ext.model.cross_entropy import chunked_cross_entropy
-from megatron_ext.model.kernels import problem_of
 from megatron_ext.model.layers import RMSNorm, SdpaAttention
 from megatron_ext.rope.embedding import RotaryEmbedding, apply_rotary
 
-# Largest difference from float64, norm over norm, of the output and of each gradient: a few
-# roundings of the format (2^-24, 2^-8, 2^-11), more of them where sums are long.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 BETAS, EPS, LR, DECAY = (0.9, 0.95), 1e-8, 1e-3, 0.1
 
 
-@dataclass(frozen=True)
-class Size:
-    """A micro-batch of one layer."""
-
-    length: int
-    batch: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-
-    @property
-    def tokens(self) -> int:
-        return self.length * self.batch
-
-
-SMALL = Size(96, 2, 64, 176, 4, 2, 16, 203)
-LARGE = Size(4096, 2, 2048, 5504, 16, 16, 128, 125_696)  # the 2B's
-
-
-@dataclass(frozen=True)
-class Path:
-    """One way: `run` takes the kernel's inputs; `needs` is a package, "cuda", "compiler" or ""."""
-
-    name: str
-    run: Callable[..., Tensor]
-    needs: str = ""
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """Inputs (those that are floating point are differentiated), the reference, the ways, and what
-    one forward and backward pass must at least move (bytes) or compute (FLOPs)."""
-
-    inputs: Callable[[Size], tuple[Tensor, ...]]
-    reference: Callable[..., Tensor]
-    paths: tuple[Path, ...]
-    bytes: Callable[[Size, int], float] | None = None
-    flops: Callable[[Size], float] | None = None
-
-
-def lacking(path: Path, device: torch.device) -> str:
-    """Why a way cannot be gone here, or ""."""
-    gpu = device.type == "cuda"
-    if path.needs == "compiler":
-        found = problem_of("triton") if gpu else ("" if shutil.which("g++") else "no g++")
-        return f"triton is {found}" if gpu and found else found
-    if path.needs and not gpu:
-        return "no GPU"
-    return "" if path.needs in ("", "cuda") else problem_of(path.needs)
-
-
-def differences(
-    kernel: Kernel, path: Path, size: Size, device: torch.device, dtype: torch.dtype
-) -> list[float]:
-    """Distance from the reference, norm over norm: of the output, then of each gradient."""
-    rounded = [
-        x.to(device, dtype) if x.is_floating_point() else x.to(device) for x in kernel.inputs(size)
-    ]
-    ours = results(path.run, rounded)
-    exact = [x.double() if x.is_floating_point() else x for x in rounded]
-    theirs = results(kernel.reference, exact)
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True)]
-
-
-def results(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The output and, where it has any, the gradients of the inputs for a fixed one of its own."""
-    leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    output = run(*leaves)
-    if not output.requires_grad:
-        return [output]
-    generator = torch.Generator().manual_seed(1)
-    gradient = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-    given = [x for x in leaves if x.is_floating_point()]
-    return [output.detach(), *torch.autograd.grad(output, given, gradient)]
+@contextmanager
+def one_process(device: torch.device) -> Iterator[None]:
+    """Megatron-Core's groups of this process alone."""
+    cpu.prepare()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    parallel_state.initialize_model_parallel()
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def _random(*shape: int) -> Tensor:
@@ -119,8 +55,8 @@ def _random(*shape: int) -> Tensor:
 
 
 @functools.cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function)
+def _compiled(of_inputs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(of_inputs)
 
 
 def _config(size_of: Tensor, heads: int = 1) -> TransformerConfig:
@@ -128,6 +64,10 @@ def _config(size_of: Tensor, heads: int = 1) -> TransformerConfig:
         num_layers=1, hidden_size=size_of.shape[-1] * heads, num_attention_heads=heads,
         params_dtype=size_of.dtype,
     )  # fmt: skip
+
+
+def _called(module: torch.nn.Module, x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.func.functional_call(module, {"weight": weight}, (x,))
 
 
 # RMSNorm
@@ -139,16 +79,61 @@ def _norm_formula(x: Tensor, weight: Tensor) -> Tensor:
     return (normed * weight.to(wide.dtype)).to(x.dtype)
 
 
-def _norm_of_ours(x: Tensor, weight: Tensor) -> Tensor:
-    module = RMSNorm(_config(x), x.shape[-1])
-    return torch.func.functional_call(module, {"weight": weight}, (x,))
+def _norm_of_ours(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    return _called(RMSNorm(_config(x), x.shape[-1]), x, weight)
 
 
-def _norm_of_te(x: Tensor, weight: Tensor) -> Tensor:
+def _norm_of_te(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     import transformer_engine.pytorch as te
 
-    module = te.RMSNorm(x.shape[-1], eps=1e-6, params_dtype=x.dtype)
-    return torch.func.functional_call(module, {"weight": weight}, (x,))
+    return _called(te.RMSNorm(x.shape[-1], eps=1e-6, params_dtype=x.dtype), x, weight)
+
+
+# Residual stream: x and what is added to it [length, batch, hidden]
+
+
+def _residual(fused: bool) -> Build:
+    add = get_bias_dropout_add(training=True, fused=fused)
+    return lambda x, residual: lambda: add((x, None), residual, 0.0)
+
+
+# Linear layer: x [tokens, hidden], weight [2 ffn, hidden], the first of the MLP
+
+
+def _linear_of_te(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    import transformer_engine.pytorch as te
+
+    return _called(te.Linear(*weight.t().shape, bias=False, params_dtype=x.dtype), x, weight)
+
+
+# Its weight's gradient, into the float32 sum over micro-batches: x, and the gradient of its output
+
+
+def _weight_gradient(accumulate: Callable[[Tensor, Tensor, Tensor], object]) -> Build:
+    def build(x: Tensor, gradient: Tensor) -> Callable[[], Tensor]:
+        x, gradient = x.detach(), gradient.detach()
+        total = torch.zeros(
+            gradient.shape[1], x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32),
+            device=x.device,
+        )  # fmt: skip
+
+        def work() -> Tensor:
+            accumulate(x, gradient, total)
+            return total
+
+        return work
+
+    return build
+
+
+def _add_product(x: Tensor, gradient: Tensor, total: Tensor) -> None:
+    total.add_(gradient.t() @ x)
+
+
+def _accumulate_by_apex(x: Tensor, gradient: Tensor, total: Tensor) -> None:
+    import fused_weight_gradient_mlp_cuda
+
+    fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x, gradient, total)
 
 
 # Attention: query, key and value [length, batch, heads, head_dim]
@@ -162,23 +147,23 @@ def _attention_formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("bhqk,kbhd->qbhd", shares, value).flatten(2)
 
 
-def _attention(kernel: str) -> Callable[..., Tensor]:
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attention(kernel: str) -> Build:
+    def build(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
         config = _config(query, query.shape[2])
         module = SdpaAttention(config, 1, AttnMaskType.causal, "self", kernel=kernel)
-        return module(query, key, value, None)
+        return partial(module, query, key, value, None)
 
-    return run
+    return build
 
 
-def _attention_of_te(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attention_of_te(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
     import transformer_engine.pytorch as te
 
     module = te.DotProductAttention(
         query.shape[2], query.shape[3], num_gqa_groups=key.shape[2], attention_dropout=0.0,
         attn_mask_type="causal", qkv_format="sbhd",
     )  # fmt: skip
-    return module(query, key, value)
+    return partial(module, query, key, value)
 
 
 # Rotation: t [length, batch, heads, head_dim]
@@ -197,11 +182,8 @@ def _rotation_formula(t: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def _rotation(apply: Callable[[], Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    def run(t: Tensor) -> Tensor:
-        return apply()(t, _angles(t.shape[0], t.shape[-1], t.device))
-
-    return run
+def _rotation(apply: Callable[[], Callable[..., Tensor]]) -> Build:
+    return lambda t: partial(apply(), t, _angles(t.shape[0], t.shape[-1], t.device))
 
 
 def _rotation_of_te() -> Callable[..., Tensor]:
@@ -226,12 +208,23 @@ def _loss_formula(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def _loss(compiled: bool) -> Callable[..., Tensor]:
+def _loss_in_chunks(compiled: bool) -> Build:
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         chunk = max(1, min(1024, labels.numel() // 3))
         return chunked_cross_entropy(hidden, weight, labels, chunk_tokens=chunk, compiled=compiled)
 
-    return run
+    return function(run)
+
+
+def _whole_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return vocab_parallel_cross_entropy(hidden @ weight.t(), labels.t().contiguous()).t()
+
+
+def _whole_fused_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    group = parallel_state.get_tensor_model_parallel_group()
+    return fused_vocab_parallel_cross_entropy(
+        hidden @ weight.t(), labels.t().contiguous(), group
+    ).t()
 
 
 # AdamW: five updates of a weight with the gradient given; always float32, as master weights are
@@ -244,20 +237,23 @@ def _adamw_formula(weight: Tensor, gradient: Tensor) -> Tensor:
         m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g * g
         unbiased = (m / (1 - BETAS[0] ** step)) / ((v / (1 - BETAS[1] ** step)).sqrt() + EPS)
         w = w - LR * DECAY * w - LR * unbiased
-    return w - weight.detach()
+    return w
 
 
-def _adamw(optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callable[..., Tensor]:
-    def run(weight: Tensor, gradient: Tensor) -> Tensor:
-        before = weight.detach().float()
-        updated = before.clone().requires_grad_()
+def _adamw(optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Build:
+    def build(weight: Tensor, gradient: Tensor) -> Callable[[], Tensor]:
+        updated = weight.detach().to(torch.float32, copy=True).requires_grad_()
         updated.grad = gradient.detach().float()
         adamw = optimizer([updated])
-        for _ in range(5):
-            adamw.step()
-        return updated.detach().double() - before.double()
 
-    return run
+        def work() -> Tensor:
+            for _ in range(5):
+                adamw.step()
+            return updated.detach()
+
+        return work
+
+    return build
 
 
 def _torch_adamw(weights: list[Tensor]) -> torch.optim.Optimizer:
@@ -282,10 +278,45 @@ KERNELS: dict[str, Kernel] = {
         _norm_formula,
         (
             Path("ours", _norm_of_ours),
-            Path("compiled", lambda *a: _compiled(_norm_formula)(*a), "compiler"),
+            Path("compiled", lambda *a: partial(_compiled(_norm_formula), *a), "compiler"),
             Path("Transformer Engine", _norm_of_te, "transformer_engine"),
         ),
         bytes=lambda s, width: 5 * s.tokens * s.hidden * width,  # x, y; x, dy, dx
+    ),
+    "residual add": Kernel(
+        lambda s: (
+            _random(s.length, s.batch, s.hidden),
+            3 * _random(s.hidden).expand(s.length, s.batch, -1),
+        ),
+        torch.add,
+        (
+            Path("PyTorch", _residual(fused=False)),
+            Path("compiled", _residual(fused=True), "compiler"),
+        ),
+        bytes=lambda s, width: 3 * s.tokens * s.hidden * width,  # backward there is nothing to do
+    ),
+    "linear": Kernel(
+        lambda s: (_random(s.tokens, s.hidden), _random(2 * s.ffn, s.hidden) / s.hidden**0.5),
+        F.linear,
+        (
+            Path("PyTorch", function(F.linear)),
+            Path("Transformer Engine", _linear_of_te, "transformer_engine", SIXTEEN_BITS),
+        ),
+        flops=lambda s: 12 * s.tokens * s.hidden * s.ffn,
+    ),
+    "its weight's gradient": Kernel(
+        lambda s: (_random(s.tokens, s.hidden), _random(s.tokens, 2 * s.ffn)),
+        lambda x, gradient: gradient.detach().t() @ x.detach(),
+        (
+            Path("PyTorch", _weight_gradient(_add_product)),
+            Path(
+                "apex",
+                _weight_gradient(_accumulate_by_apex),
+                "fused_weight_gradient_mlp_cuda",
+                SIXTEEN_BITS,
+            ),
+        ),
+        flops=lambda s: 4 * s.tokens * s.hidden * s.ffn,
     ),
     "attention": Kernel(
         lambda s: (
@@ -296,10 +327,10 @@ KERNELS: dict[str, Kernel] = {
         _attention_formula,
         (
             Path("sdpa", _attention("sdpa")),
-            Path("flash", _attention("flash"), "cuda"),
-            Path("cudnn", _attention("cudnn"), "cuda"),
-            Path("flash_attn", _attention("flash_attn"), "flash_attn"),
-            Path("Transformer Engine", _attention_of_te, "transformer_engine"),
+            Path("flash", _attention("flash"), "cuda", SIXTEEN_BITS),
+            Path("cudnn", _attention("cudnn"), "cuda", SIXTEEN_BITS),
+            Path("flash_attn", _attention("flash_attn"), "flash_attn", SIXTEEN_BITS),
+            Path("Transformer Engine", _attention_of_te, "transformer_engine", SIXTEEN_BITS),
         ),
         # Two products forward, five backward, of the causal half.
         flops=lambda s: 7 * s.batch * s.heads * s.head_dim * s.length**2,
@@ -318,8 +349,8 @@ KERNELS: dict[str, Kernel] = {
         lambda s: (_random(s.tokens, 2 * s.ffn),),
         _swiglu,
         (
-            Path("PyTorch", _swiglu),
-            Path("compiled", lambda x: bias_swiglu_impl(x, None), "compiler"),
+            Path("PyTorch", function(_swiglu)),
+            Path("compiled", lambda x: partial(bias_swiglu_impl, x, None), "compiler"),
         ),
         bytes=lambda s, width: (2 + 1 + 2 + 1 + 2) * s.tokens * s.ffn * width,
     ),
@@ -327,11 +358,17 @@ KERNELS: dict[str, Kernel] = {
         lambda s: (
             _random(s.length, s.batch, s.hidden),
             _random(s.vocab, s.hidden) / s.hidden**0.5,
-            torch.randint(0, s.vocab, (s.batch, s.length)),
+            torch.randint(s.vocab, (s.batch, s.length), generator=torch.Generator().manual_seed(0)),
         ),
         _loss_formula,
-        (Path("chunked", _loss(False)), Path("chunked, compiled", _loss(True), "compiler")),
-        flops=lambda s: 8 * s.tokens * s.vocab * s.hidden,  # the logits are made twice
+        (
+            Path("whole", function(_whole_loss)),
+            # Its backward pass casts to bfloat16, whatever came in.
+            Path("whole, fused", function(_whole_fused_loss), "compiler", (torch.bfloat16,)),
+            Path("chunked", _loss_in_chunks(compiled=False)),
+            Path("chunked, compiled", _loss_in_chunks(compiled=True), "compiler"),
+        ),
+        flops=lambda s: 6 * s.tokens * s.vocab * s.hidden,
     ),
     "AdamW": Kernel(
         lambda s: (0.02 * _random(s.hidden, s.ffn), _random(s.hidden, s.ffn)),

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# Before Megatron-Core, from which it hides what only a GPU can run.
+import megatron_ext  # noqa: F401
+
 if TYPE_CHECKING:
     import torch
 

@@ -47,6 +47,12 @@ assert problem_of("apex") == "" and problem_of("transformer_engine") == "not ins
     assert done.returncode == 0, done.stderr
 
 
+def test_benchmarks_hide_them_before_they_import_anything_else() -> None:
+    code = "import benchmarks, sys; assert 'megatron.core' not in sys.modules; import apex"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "apex is for GPUs, and there is none" in done.stderr, done.stderr
+
+
 def test_a_run_and_its_check_do_without(config_file: Path) -> None:
     pretrain(config_file, "training.steps=2", "--check", "--world-size", "1")
     assert "loss" in pretrain(config_file, "training.steps=2")
