@@ -184,6 +184,7 @@ def _add_train(add: Any) -> None:
     _add_inputs(add)
     add("--vocab-size", type=int, required=True, help="pieces, control and byte pieces included")
     add("--output", required=True, metavar="FILE", help="writes FILE (.model is added to a prefix)")
+    add("--overwrite", action="store_true", help="replace a model made from something else")
     add("--seed", type=int, default=0, help="which documents are drawn (%(default)s)")
     add("--sample-bytes", type=int, default=200_000_000, help="text to train on (%(default)s)")
     add("--character-coverage", type=float, default=0.99995, help="share that becomes pieces")

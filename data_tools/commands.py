@@ -50,6 +50,7 @@ def run_tokenize(given: Namespace) -> None:
 
 
 def run_train(given: Namespace) -> None:
+    from data_tools.reading import rejected_words
     from data_tools.tokenizer_training import train_tokenizer
 
     receipt = train_tokenizer(
@@ -61,13 +62,15 @@ def run_train(given: Namespace) -> None:
         character_coverage=given.character_coverage,
         text_keys=_words(given.text_key),
         slice_shares=_shares("--slice-shares", given.slice_shares, "c4=0.6,arxiv=0.4"),
+        overwrite=given.overwrite,
     )
     model, sample = receipt["model"], receipt["sample"]
     _show(
         given,
         receipt,
         f"{model['path']}: {_done(receipt)}, {model['vocab_size']:,} pieces from "
-        f"{sample['documents']:,} documents, {sample['bytes'] / 1e6:.1f} MB",
+        f"{sample['documents']:,} documents, {sample['bytes'] / 1e6:.1f} MB"
+        + rejected_words(receipt["rejected"]),
     )
 
 

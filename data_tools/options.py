@@ -32,19 +32,14 @@ class Options:
     part_bytes: int = 16 << 20  # of input, the step of work and of resumption
 
     def __post_init__(self) -> None:
-        if self.min_tokens < 0:
-            raise UserError(f"--min-tokens {self.min_tokens} is negative: write 0 or more")
-        if self.shard_tokens < 0:
-            raise UserError(
-                f"--shard-tokens {self.shard_tokens} is negative: write 1 or more, or leave it out"
-            )
+        check_count("--min-tokens", self.min_tokens)
+        check_count("--shard-tokens", self.shard_tokens)
         if not 1 << 10 <= self.max_line_bytes <= 1 << 30:
             raise UserError(
                 f"--max-line-bytes {self.max_line_bytes} is outside 1 KiB to 1 GiB: longer lines "
                 "cannot be held in memory, shorter ones are no documents"
             )
-        if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise UserError(f"--seed {self.seed} is not in 0 .. 2^63 - 1: choose one that is")
+        check_seed(self.seed)
         if not 0 <= self.task[0] < self.task[1]:
             raise UserError(
                 f"--task {self.task[0]}/{self.task[1]} is no share: tasks of n are numbered 0/n "
@@ -61,6 +56,19 @@ class Options:
     def recorded(self) -> dict[str, Any]:
         """As JSON values."""
         return {**asdict(self), "text_keys": list(self.text_keys), "task": list(self.task)}
+
+
+def check_count(flag: str, value: int, least: int = 0) -> None:
+    """Raise `UserError` for a number of things below `least`."""
+    if value < least:
+        what = "negative" if value < 0 else "too small"
+        raise UserError(f"{flag} {value} is {what}: write {least} or more")
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise `UserError` for what the generators and hashes cannot be seeded with."""
+    if seed is not None and not 0 <= seed < 1 << 63:
+        raise UserError(f"--seed {seed} is not in 0 .. 2^63 - 1: choose one that is")
 
 
 def parse_task(text: str) -> tuple[int, int]:

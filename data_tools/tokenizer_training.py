@@ -3,7 +3,8 @@
     train_tokenizer(["corpus.jsonl"], "tokenizer.model", vocab_size=32000)
 
 The same inputs, options and seed give the same model on any number of cores. Refuses a vocabulary
-that the text cannot fill. A finished model with the same inputs and options is left alone.
+that the text cannot fill. A finished model with the same inputs and options is left alone, any
+other file of its name is replaced only with `overwrite`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import hashlib
 import heapq
 import io
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +23,15 @@ from typing import Any
 import xxhash
 
 from data_tools.corpus import Source, find_sources, slice_of_path
-from data_tools.documents import DEFAULT_TEXT_KEYS, parse_line
+from data_tools.documents import DEFAULT_TEXT_KEYS
 from data_tools.errors import UserError
 from data_tools.files import atomic_write, checksum, read_json, write_json
-from data_tools.lines import read_lines
-from data_tools.receipt import command_line, versions
+from data_tools.lock import exclusive
+from data_tools.options import check_count, check_seed
+from data_tools.reading import read_documents
+from data_tools.receipt import command_line, receipt_path, versions
+
+SMALLEST = 300  # ids
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,10 @@ def train_tokenizer(
     character_coverage: float = 0.99995,
     text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS,
     slice_shares: Mapping[str, float] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train and write `output` (a .model, or a prefix of one) and its receipt; returns the receipt.
+    """Train and write `output` (a .model, or a prefix of one) and X.model.receipt.json; returns
+    the receipt.
 
     slice_shares: of the sample, by slice; slices that are not named give nothing. Unset: every
     slice gives as much as it has of the whole.
@@ -59,54 +68,91 @@ def train_tokenizer(
     `receipt["reused"]` is true when the model was already there. Raises `UserError`.
     """
     shares = tuple(sorted((slice_shares or {}).items()))
-    whole = abs(sum(share for _, share in shares) - 1) <= 1e-6
-    if shares and not (whole and all(share > 0 for _, share in shares)):
-        raise UserError(
-            f"--slice-shares {dict(shares)} do not add up to 1 with every one above 0: write such "
-            "as c4=0.6,arxiv=0.4"
-        )
     options = TrainingOptions(vocab_size, sample_bytes, seed, character_coverage, text_keys, shares)
-    if vocab_size < 300:
-        raise UserError(
-            f"--vocab-size {vocab_size} leaves no room beside 256 bytes and 3 control tokens: "
-            "write 300 or more"
-        )
+    _check(options)
     model_path = Path(output) if str(output).endswith(".model") else Path(f"{output}.model")
-    receipt_file = model_path.with_suffix(".receipt.json")
+    if model_path.name == ".model":
+        raise UserError(f"--output {output} names no file: write a name such as tokenizer.model")
     sources = find_sources(inputs)
     wanted = {
         "inputs": [{"path": s.path, "size": s.size, "mtime_ns": s.mtime_ns} for s in sources],
         "options": {**asdict(options), "text_keys": list(text_keys), "slice_shares": dict(shares)},
     }
-    if model_path.is_file() and receipt_file.is_file() and "-" not in inputs:
-        known = read_json(receipt_file)
-        unchanged = known.get("wanted") == wanted
-        if unchanged and known.get("model", {}).get("checksum") == checksum(model_path):
+    with exclusive(model_path.with_name(f".{model_path.name}.lock"), f"--output {output}"):
+        if (known := _finished(model_path, wanted, overwrite)) is not None:
             return {**known, "reused": True}
-    texts, slices = sample(sources, options)
-    model = _train(texts, options)
-    with atomic_write(model_path) as stream:
-        stream.write(model)
-    receipt = {
-        "format": 1,
-        "kind": "tokenizer",
-        "wanted": wanted,
-        "sample": {"documents": len(texts), "bytes": sum(map(len, texts)), "slices": slices},
-        "model": {
-            "path": str(model_path),
-            "hash": f"sha256:{hashlib.sha256(model).hexdigest()}",
-            "checksum": checksum(model_path),
-            "vocab_size": vocab_size,
-        },
-        "versions": versions(),
-        "command": command_line(),
-    }
-    write_json(receipt_file, receipt)
+        rejected: Counter[str] = Counter()
+        texts, slices = sample(sources, options, rejected)
+        model = _train(texts, options)
+        receipt_path(model_path).unlink(missing_ok=True)  # of what is being replaced
+        with atomic_write(model_path) as stream:
+            stream.write(model)
+        receipt = {
+            "format": 1,
+            "kind": "tokenizer",
+            "wanted": wanted,
+            "sample": {"documents": len(texts), "bytes": sum(map(len, texts)), "slices": slices},
+            "rejected": dict(rejected),
+            "model": {
+                "path": str(model_path),
+                "hash": f"sha256:{hashlib.sha256(model).hexdigest()}",
+                "checksum": checksum(model_path),
+                "vocab_size": vocab_size,
+            },
+            "versions": versions(),
+            "command": command_line(),
+        }
+        write_json(receipt_path(model_path), receipt)
     return {**receipt, "reused": False}
 
 
+def _check(options: TrainingOptions) -> None:
+    whole = abs(sum(share for _, share in options.slice_shares) - 1) <= 1e-6  # false for nan
+    if options.slice_shares and not (whole and all(share > 0 for _, share in options.slice_shares)):
+        raise UserError(
+            f"--slice-shares {dict(options.slice_shares)} do not add up to 1 with every one above "
+            "0: write such as c4=0.6,arxiv=0.4"
+        )
+    if options.vocab_size < SMALLEST:
+        raise UserError(
+            f"--vocab-size {options.vocab_size} leaves no room beside 256 bytes and 3 control "
+            f"tokens: write {SMALLEST} or more"
+        )
+    check_seed(options.seed)
+    check_count("--sample-bytes", options.sample_bytes, least=1)
+    if not 0.98 <= options.character_coverage <= 1:
+        raise UserError(
+            f"--character-coverage {options.character_coverage} is outside 0.98 to 1, which "
+            "sentencepiece asks for: write 0.99995, or 1 for every character"
+        )
+
+
+def _finished(model: Path, wanted: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The receipt, if the model is already made from the same things; None if it has to be made.
+
+    Raises `UserError` when another file is there that may not be replaced.
+    """
+    if not os.path.lexists(model):
+        return None
+    try:
+        known = read_json(receipt_path(model))
+        repeatable = all(entry["path"] != "-" for entry in wanted["inputs"])
+        same = known["wanted"] == wanted and known["model"]["checksum"] == checksum(model)
+        if same and repeatable:
+            return known
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # it does not say what the model was made from
+    if not overwrite:
+        raise UserError(
+            f"{model} exists and was made from other inputs or options, or no receipt says from "
+            "what: choose another --output, or write --overwrite to replace it (token files made "
+            "with it then lose their tokenizer)"
+        )
+    return None
+
+
 def sample(
-    sources: Sequence[Source], options: TrainingOptions
+    sources: Sequence[Source], options: TrainingOptions, rejected: Counter[str] | None = None
 ) -> tuple[list[bytes], dict[str, int]]:
     """Documents drawn evenly until `sample_bytes` are full, and how many bytes each slice gave.
 
@@ -118,11 +164,9 @@ def sample(
     heaps: dict[str, _Lowest] = {
         name: _Lowest(int(share * options.sample_bytes)) for name, share in shares.items()
     } or {"": _Lowest(options.sample_bytes)}
+    rejected = Counter() if rejected is None else rejected
     for source in sources:
-        for line in read_lines(source):
-            document = parse_line(line.data, options.text_keys)
-            if document.reason is not None:
-                continue
+        for _, document in read_documents(source, options.text_keys, rejected):
             number = xxhash.xxh3_64_intdigest(document.text, seed=options.seed)
             name = document.slice or slice_of_path(source.path)
             if heap := heaps.get(name if shares else ""):
@@ -194,9 +238,20 @@ def _train(texts: Sequence[bytes], options: TrainingOptions) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(
-            f"--vocab-size {options.vocab_size} does not suit this text: sentencepiece says "
-            f"{reason!r}; "
-            "write a smaller vocabulary or give more text"
-        ) from error
+        raise UserError(_too_many_or_too_few(options.vocab_size, reason)) from error
     return model.getvalue()
+
+
+def _too_many_or_too_few(vocab_size: int, reason: str) -> str:
+    """What to write in place of a vocabulary that sentencepiece refuses for `reason`."""
+    if few := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
+        return (
+            f"--vocab-size {vocab_size} is too small for the characters of this text: write "
+            f"{few[1]} or more, or a smaller --character-coverage"
+        )
+    if many := re.search(r"Vocabulary size too high .* <= (\d+)", reason):
+        less = f"write {many[1]} or less, or " if int(many[1]) >= SMALLEST else ""
+        return (
+            f"--vocab-size {vocab_size} is more than this text has pieces for: {less}give more text"
+        )
+    return f"--vocab-size {vocab_size} does not suit this text: sentencepiece says {reason!r}"

@@ -56,13 +56,16 @@ TOKENIZE = ["tokenize", "{x}", "--tokenizer", "{model}", "--output", "{out}"]
         ([*TOKENIZE, "--text-key", ""], "empty"),
         ([*TOKENIZE, "--eod-token", "<eod>"], "not in the vocabulary"),
         (["train-tokenizer", "{x}", "--vocab-size", "100", "--output", "{out}"], "300"),
-        (["train-tokenizer", "{x}", "--vocab-size", "90000", "--output", "{out}"], "smaller"),
+        (
+            ["train-tokenizer", "{x}", "--vocab-size", "90000", "--output", "{out}"],
+            "more than this text",
+        ),
         (["inspect", "{none}"], "does not exist"),
         (["lengths", "{none}", "--contexts", "many"], "numbers"),
         (["merge", "{none}", "--output", "{out}"], "matches none"),
         (["split", "{none}", "--shares", "x"], "NAME=SHARE"),
         (["download", "{none}", "--output", "{out}"], "cannot be read"),
-        (["dedup", "-", "--report", "{out}"], "twice"),
+        (["dedup", "-", "--report", "{out}", "--output", "{out}-clean"], "twice"),
     ],
 )
 def test_a_wrong_request_is_one_sentence_and_exit_code_2(
