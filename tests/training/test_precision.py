@@ -141,8 +141,12 @@ def test_two_processes_in_16_bits_train_as_one_in_32(
 ) -> None:
     pretrain(config_file)
     pretrain(config_file, f"training.run_dir={tmp_path / 'two'}", *settings, processes=2)
-    for ours, reference in zip(metrics(tmp_path / "two"), metrics(tmp_path / "run"), strict=True):
-        assert ours.get("loss") == pytest.approx(reference.get("loss"), rel=1e-2)
+    ours, reference = (
+        [record["loss"] for record in metrics(tmp_path / run) if "loss" in record]
+        for run in ("two", "run")
+    )
+    assert len(reference) == 20
+    assert ours == pytest.approx(reference, rel=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
