@@ -61,6 +61,7 @@ def test_share_without_documents_is_refused_and_does_not_hang(
     assert "leaves no text" in printed and "Traceback" not in printed
 
 
+@pytest.mark.slow  # tests/distributed/test_layouts.py has another that is not
 def test_masked_documents_train_the_same_in_any_layout(config_file: Path, tmp_path: Path) -> None:
     settings = ["data.mask_documents=true", "training.steps=5"]
     one, many = tmp_path / "one", tmp_path / "many"
