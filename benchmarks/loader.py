@@ -158,11 +158,24 @@ def write_index_of(prefix: Path, lengths: np.ndarray) -> None:
     with open(f"{prefix}.idx", "wb") as stream:
         write_index(stream, np.uint16, lengths)
     np.save(f"{prefix}.npy", lengths.sum(dtype=np.int64))
-    pair = {
-        kind: {"size": os.path.getsize(f"{prefix}.{kind}"), "checksum": "of the benchmark"}
-        for kind in ("bin", "idx")
+    counts = {"documents": len(lengths), "tokens": int(lengths.sum(dtype=np.int64))}
+    pair: dict[str, Any] = {"prefix": prefix.name, **counts}
+    for kind in ("bin", "idx"):
+        name = f"{prefix}.{kind}"
+        size = os.path.getsize(name)
+        pair[kind] = {"path": name, "size": size, "checksum": "of the benchmark"}
+    pair["bin"] |= {"block_bytes": 0, "blocks": []}
+    made_from: dict[str, Any] = {"inputs": [], "tokenizer": {}, "options": {}}
+    receipt = {
+        "format": FORMAT,
+        "kind": "tokens",
+        "wanted": made_from,
+        **made_from,
+        "counts": {**counts, "rejected": None, "slices": None},
+        "lengths": [],
+        "outputs": {"dtype": "uint16", "pairs": [pair]},
     }
-    write_receipt(prefix, {"format": FORMAT, "tokenizer": {}, "outputs": {"pairs": [pair]}})
+    write_receipt(prefix, receipt)
 
 
 def write_sparse(prefix: Path, documents: int, seed: int) -> None:

@@ -7,6 +7,9 @@ Libraries are imported by the command that needs them, so that every command sta
 
 from __future__ import annotations
 
+import os
+import sys
+import unicodedata
 from argparse import Namespace
 from typing import Any
 
@@ -14,6 +17,7 @@ from data_tools.errors import Failure, UserError
 
 
 def run_tokenize(given: Namespace) -> None:
+    from data_tools import indexed
     from data_tools.options import Options, parse_task
     from data_tools.tokenization import tokenize
 
@@ -28,7 +32,7 @@ def run_tokenize(given: Namespace) -> None:
         seed=given.seed,
         task=task,
     )
-    prefix = given.output
+    prefix = str(indexed.prefix(given.output, "--output "))
     if task[1] > 1:
         prefix = f"{prefix}.task-{task[0]:05d}-of-{task[1]:05d}"
     receipt = tokenize(
@@ -46,7 +50,7 @@ def run_tokenize(given: Namespace) -> None:
     )
     rejected = sum((receipt["counts"]["rejected"] or {}).values())
     tail = f", {rejected:,} lines rejected (see {prefix}.rejected.jsonl)" if rejected else ""
-    _show(given, receipt, _written(prefix, receipt) + tail)
+    _show(given, receipt, _written(receipt, prefix) + tail)
 
 
 def run_train(given: Namespace) -> None:
@@ -84,7 +88,7 @@ def run_merge(given: Namespace) -> None:
         shard_tokens=given.shard_tokens,
         overwrite=given.overwrite,
     )
-    _show(given, receipt, _written(given.output, receipt))
+    _show(given, receipt, _written(receipt, given.output))
 
 
 def run_split(given: Namespace) -> None:
@@ -92,7 +96,7 @@ def run_split(given: Namespace) -> None:
 
     shares = _shares("--shares", given.shares, "train=0.98,valid=0.02")
     receipts = split(given.prefix, shares, seed=given.seed, overwrite=given.overwrite)
-    lines = [_written(f"{given.prefix}-{name}", receipt) for name, receipt in receipts.items()]
+    lines = [_written(receipt, given.prefix) for receipt in receipts.values()]
     _show(given, receipts, "\n".join(lines))
 
 
@@ -151,7 +155,7 @@ def run_peek(given: Namespace) -> None:
         max_tokens=given.max_tokens,
     )
     parts = [
-        f"--- document {one['document']:,}, {one['tokens']:,} tokens\n{one['text']}"
+        f"--- document {one['document']:,}, {one['tokens']:,} tokens\n{_visible(one['text'])}"
         for one in found
     ]
     _show(given, found, "\n".join(parts))
@@ -223,12 +227,13 @@ def _done(receipt: dict[str, Any]) -> str:
     return "already done" if receipt["reused"] else "written"
 
 
-def _written(prefix: str, receipt: dict[str, Any]) -> str:
+def _written(receipt: dict[str, Any], beside: str) -> str:
     counts, pairs = receipt["counts"], receipt["outputs"]["pairs"]
-    shards = f" ({len(pairs)} pairs)" if len(pairs) > 1 else ""
+    folder = os.path.dirname(beside)
+    first, last = (os.path.join(folder, pair["prefix"]) for pair in (pairs[0], pairs[-1]))
+    files = f"{first}.bin/.idx" + (f" to {last} ({len(pairs)} pairs)" if len(pairs) > 1 else "")
     return (
-        f"{prefix}.bin/.idx{shards}: {_done(receipt)}, {counts['documents']:,} documents, "
-        f"{counts['tokens']:,} tokens"
+        f"{files}: {_done(receipt)}, {counts['documents']:,} documents, {counts['tokens']:,} tokens"
     )
 
 
@@ -236,6 +241,15 @@ def _show(given: Namespace, result: Any, text: str) -> None:
     if given.json:
         import orjson
 
-        print(orjson.dumps(result, option=orjson.OPT_INDENT_2).decode())
-    else:
-        print(text)
+        text = orjson.dumps(result, option=orjson.OPT_INDENT_2).decode()
+    # What the terminal's encoding lacks is shown by its number.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _visible(text: str) -> str:
+    """Control characters, which a terminal may obey, as their escapes; lines stay lines."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) != "Cc" else repr(char)[1:-1]
+        for char in text
+    )

@@ -63,12 +63,43 @@ class Index:
         return start, start + int(self.lengths[first:last].sum(dtype=np.int64))
 
 
+def prefix(given: str | os.PathLike[str], flag: str = "") -> Path:
+    """What commands take for PREFIX; PREFIX.bin and PREFIX.idx are understood too.
+
+    Raises `UserError`, naming the `flag`, for what names no files: an empty name, a folder.
+    """
+    text = _bare(given)
+    path = Path(text)
+    empty = not path.name or path.name == ".." or text.endswith(os.sep)
+    if empty or (path.is_dir() and not Path(f"{text}.idx").exists()):
+        raise UserError(
+            f"{flag}{os.fspath(given) or repr('')} names no token files: write the beginning of "
+            "their names, such as tokens/all for tokens/all.bin and tokens/all.idx"
+        )
+    if not text.isprintable():
+        raise UserError(f"{flag}{text!r} cannot be printed or is not UTF-8: choose another name")
+    return path
+
+
 def paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
     """PREFIX.bin and PREFIX.idx; a prefix given with either ending is understood."""
-    text = os.fspath(prefix)
-    if text.endswith((".bin", ".idx")):
-        text = text[:-4]
+    text = _bare(prefix)
     return Path(text + ".bin"), Path(text + ".idx")
+
+
+def _bare(given: str | os.PathLike[str]) -> str:
+    text = os.fspath(given)
+    while text.endswith((".bin", ".idx")):
+        text = text[:-4]
+    return text
+
+
+def bin_size(prefix: str | os.PathLike[str]) -> int:
+    """Bytes of PREFIX.bin. Raises `UserError` when it is missing."""
+    path, _ = paths(prefix)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: name the prefix of a .bin/.idx pair")
+    return path.stat().st_size
 
 
 def read_index(prefix: str | os.PathLike[str]) -> Index:
@@ -77,8 +108,11 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
     if not path.is_file():
         raise UserError(f"{path} does not exist: name the prefix of a .bin/.idx pair")
     size = path.stat().st_size
-    with open(path, "rb") as stream:
-        head = stream.read(HEADER_BYTES)
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(HEADER_BYTES)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: make it readable") from error
     if head[:9] != HEADER[: len(head[:9])] or size < HEADER_BYTES:
         raise UserError(
             f"{path} is not a Megatron index: its first {min(size, 9)} bytes are not MMIDIDX"
@@ -109,13 +143,13 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
 def open_tokens(prefix: str | os.PathLike[str], index: Index) -> np.ndarray:
     """Memory-map the ids of PREFIX.bin, read-only (empty files give an empty array)."""
     path, _ = paths(prefix)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: name the prefix of a .bin/.idx pair")
-    if path.stat().st_size < index.dtype.itemsize:
+    count = bin_size(prefix) // index.dtype.itemsize
+    if not count:
         return np.empty(0, dtype=index.dtype)
-    return np.memmap(
-        path, dtype=index.dtype, mode="r", shape=(path.stat().st_size // index.dtype.itemsize,)
-    )
+    try:
+        return np.memmap(path, dtype=index.dtype, mode="r", shape=(count,))
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: make it readable") from error
 
 
 def index_bytes(dtype: Any, lengths: Any, documents: int) -> Iterator[bytes]:

@@ -4,22 +4,24 @@
     context_lengths("corpus")             # share of tokens in documents longer than 4k, 8k ...
     peek("corpus", documents=[0, 7])      # decoded text
 
-Refuses a tokenizer whose hash is not the one in the receipt.
+A prefix whose receipt lists several pairs (shards) stands for all of them, in order. Refuses a
+tokenizer whose hash is not the one in the receipt.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_tools import indexed
-from data_tools.errors import UserError
+from data_tools.errors import Failure, UserError
 from data_tools.indexed import CHUNK, Index
-from data_tools.receipt import BINS, histogram, read_receipt
+from data_tools.options import check_count, check_seed
+from data_tools.receipt import BINS, histogram, pairs_of, read_receipt
 from data_tools.tokenizer import load_tokenizer
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -35,12 +37,12 @@ def document_lengths(index: Index) -> np.ndarray:
 
 
 def summary(prefix: str | os.PathLike[str]) -> dict[str, Any]:
-    """Counts, percentiles of length in tokens, histogram by powers of two, slices of the
-    receipt.
-    """
-    index = indexed.read_index(prefix)
-    lengths = document_lengths(index)
+    """Counts, percentiles of length in tokens, histogram by powers of two, slices by receipt."""
+    prefix = indexed.prefix(prefix)
     receipt = read_receipt(prefix)
+    pairs = pairs_of(prefix)
+    indexes = [indexed.read_index(pair) for pair in pairs]
+    lengths = np.concatenate([document_lengths(index) for index in indexes])
     counts = np.zeros(BINS, dtype=np.int64)
     for first in range(0, len(lengths), CHUNK):
         counts += histogram(lengths[first : first + CHUNK])
@@ -49,10 +51,10 @@ def summary(prefix: str | os.PathLike[str]) -> dict[str, Any]:
     )
     return {
         "prefix": os.fspath(prefix),
-        "dtype": index.dtype.name,
-        "documents": index.documents,
-        "tokens": index.tokens,
-        "bytes": indexed.paths(prefix)[0].stat().st_size,
+        "dtype": indexes[0].dtype.name,
+        "documents": len(lengths),
+        "tokens": sum(index.tokens for index in indexes),
+        "bytes": sum(indexed.bin_size(pair) for pair in pairs),
         "mean": float(lengths.mean()) if len(lengths) else 0.0,
         "longest": int(lengths.max(initial=0)),
         "percentiles": {str(p): float(v) for p, v in zip(PERCENTILES, percentiles, strict=True)},
@@ -104,14 +106,12 @@ def context_lengths(
         raise UserError(
             f"--contexts {','.join(map(str, contexts))}: every context is 1 token or more"
         )
-    index = indexed.read_index(prefix)
-    lengths = document_lengths(index)
+    indexes = [indexed.read_index(pair) for pair in pairs_of(indexed.prefix(prefix))]
     rows = []
-    total = max(1, index.tokens)
+    total = max(1, sum(index.tokens for index in indexes))
     for context in contexts:
         documents = tokens = beyond = 0
-        for first in range(0, len(lengths), CHUNK):
-            chunk = lengths[first : first + CHUNK]
+        for chunk in _chunks(indexes):
             longer = chunk[chunk > context].astype(np.int64)
             documents += len(longer)
             tokens += int(longer.sum())
@@ -128,6 +128,13 @@ def context_lengths(
     return rows
 
 
+def _chunks(indexes: Sequence[Index]) -> Iterator[np.ndarray]:
+    for index in indexes:
+        lengths = document_lengths(index)
+        for first in range(0, len(lengths), CHUNK):
+            yield lengths[first : first + CHUNK]
+
+
 def peek(
     prefix: str | os.PathLike[str],
     documents: Sequence[int] = (),
@@ -137,31 +144,45 @@ def peek(
     tokenizer: str | None = None,
     max_tokens: int = 0,
 ) -> list[dict[str, Any]]:
-    """Decoded documents: those asked for (negative counts from the end) and a seeded sample."""
-    index = indexed.read_index(prefix)
+    """Decoded documents: those asked for (negative counts from the end) and a seeded sample.
+
+    Raises `UserError`, and `Failure` for a document that lies outside the .bin.
+    """
+    check_count("--sample", sample)
+    check_count("--max-tokens", max_tokens)
+    check_seed(seed)
+    prefix = indexed.prefix(prefix)
     receipt = read_receipt(prefix)
-    path = tokenizer or (receipt["tokenizer"].get("path") if receipt else None)
+    pairs = pairs_of(prefix)
+    indexes = [indexed.read_index(pair) for pair in pairs]
+    made_by = receipt["tokenizer"] if receipt else {}
+    path = tokenizer or made_by.get("path")
     if path is None:
         raise UserError(f"{prefix} has no receipt that names its tokenizer: write --tokenizer")
     loaded = load_tokenizer(path)
-    if receipt and receipt["tokenizer"] and loaded.hash != receipt["tokenizer"]["hash"]:
+    if made_by and loaded.hash != made_by["hash"]:
         raise UserError(
-            f"tokenizer {path} is not the one that made {prefix} "
-            f"({receipt['tokenizer']['hash'][:23]}): "
-            "give that one with --tokenizer"
+            f"tokenizer {path} is not the one that made {prefix} ({made_by['hash'][:23]}): give "
+            "that one with --tokenizer"
         )
-    numbers = [k + index.documents if k < 0 else k for k in documents]
+    ends = np.cumsum([index.documents for index in indexes])
+    total = int(ends[-1])
+    numbers = [k + total if k < 0 else k for k in documents]
     for k, number in zip(documents, numbers, strict=True):
-        if not 0 <= number < index.documents:
-            raise UserError(
-                f"document {k} does not exist: {prefix} has {index.documents:,}, counted from 0"
-            )
-    numbers += random.Random(seed).sample(range(index.documents), min(sample, index.documents))
-    tokens = indexed.open_tokens(prefix, index)
+        if not 0 <= number < total:
+            raise UserError(f"document {k} does not exist: {prefix} has {total:,}, counted from 0")
+    numbers += random.Random(seed).sample(range(total), min(sample, total))
     found = []
     for number in numbers:
-        start, end = index.span(number)
+        which = int(np.searchsorted(ends, number, side="right"))
+        index, tokens = indexes[which], indexed.open_tokens(pairs[which], indexes[which])
+        start, end = index.span(number - int(ends[which]) + index.documents)
+        if not 0 <= start <= end <= len(tokens):
+            raise Failure(
+                f"{pairs[which]}.bin does not reach to document {number:,}, or its index is "
+                "damaged: see `data-tools verify`"
+            )
         ids = np.asarray(tokens[start : min(end, start + max_tokens) if max_tokens else end])
-        text = loaded.decode(ids[ids < loaded.vocab_size])
+        text = loaded.decode(ids[(ids >= 0) & (ids < loaded.vocab_size)])
         found.append({"document": number, "tokens": end - start, "text": text})
     return found

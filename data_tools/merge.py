@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,9 +24,19 @@ from data_tools import indexed
 from data_tools.errors import Failure, UserError
 from data_tools.files import COPY_BYTES, json_bytes, write_json
 from data_tools.indexed import CHUNK, Index
+from data_tools.options import check_count, check_seed
 from data_tools.pair import PairWriter, shuffled
 from data_tools.publication import finished, publish_all, work_folder
-from data_tools.receipt import BINS, FORMAT, command_line, histogram, read_receipt, versions
+from data_tools.receipt import (
+    BINS,
+    FORMAT,
+    command_line,
+    histogram,
+    pairs_of,
+    read_receipt,
+    receipt_path,
+    versions,
+)
 
 Pair = tuple[str, Index, "dict[str, Any] | None"]
 
@@ -44,7 +53,9 @@ def merge(
 
     Raises `UserError` (exit code 2) and `Failure` (exit code 1: an input is damaged).
     """
-    prefix = Path(prefix)
+    check_seed(seed)
+    check_count("--shard-tokens", shard_tokens)
+    prefix = indexed.prefix(prefix, "--output ")
     pairs = [(name, indexed.read_index(name), read_receipt(name)) for name in find_prefixes(inputs)]
     _refuse_mixtures(pairs)
     wanted = {
@@ -81,26 +92,21 @@ def merge(
 
 
 def find_prefixes(inputs: Sequence[str]) -> list[str]:
-    """Prefixes as given, or all that a glob of .idx (or .bin) files matches, sorted, each once."""
+    """Prefixes as given (the shards that their receipts list), or all that a glob of .idx (or .bin)
+    files matches, sorted, each once."""
     found: list[str] = []
     for text in inputs:
-        if indexed.paths(text)[1].is_file():
-            found.append(text)
+        if indexed.paths(text)[1].is_file() or receipt_path(text).is_file():
+            found += map(str, pairs_of(indexed.prefix(text)))
             continue
-        matches = sorted(
-            {
-                re.sub(r"\.(bin|idx)$", "", name)
-                for name in glob.glob(text)
-                if name.endswith((".bin", ".idx"))
-            }
-        )
+        files = (name for name in glob.glob(text) if name.endswith((".bin", ".idx")))
+        matches = sorted({str(indexed.prefix(name)) for name in files})
         if not matches:
             raise UserError(
                 f"{text} is no .bin/.idx pair and matches none: name prefixes or a glob of .idx "
                 "files"
             )
         found += matches
-    found = [re.sub(r"\.(bin|idx)$", "", name) for name in found]
     doubled = [name for name, times in Counter(map(os.path.realpath, found)).items() if times > 1]
     if doubled:
         raise UserError(f"{doubled[0]} is given twice: its documents would be there twice")

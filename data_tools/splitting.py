@@ -9,6 +9,7 @@ document are never on both sides. Shares are therefore met on average, not exact
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +21,18 @@ import xxhash
 from data_tools import indexed
 from data_tools.errors import Failure, UserError
 from data_tools.files import checksum, write_json
+from data_tools.options import check_seed
 from data_tools.pair import PairWriter
 from data_tools.publication import finished, publish_all, work_folder
-from data_tools.receipt import BINS, FORMAT, command_line, histogram, read_receipt, versions
+from data_tools.receipt import (
+    BINS,
+    FORMAT,
+    command_line,
+    histogram,
+    pairs_of,
+    read_receipt,
+    versions,
+)
 
 _BLOCK = 1 << 13  # documents
 
@@ -42,7 +52,18 @@ def split(
             f"--shares {dict(shares)} do not add up to 1 with every one above 0: write "
             "train=0.98,valid=0.01,test=0.01"
         )
-    prefix = Path(indexed.paths(prefix)[0].with_suffix(""))
+    check_seed(seed)
+    for name in shares:
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise UserError(
+                f"--shares names a set {name!r}, which becomes part of a file's name: write "
+                "letters, digits, - or _"
+            )
+    prefix = indexed.prefix(prefix)
+    if len(pairs := pairs_of(prefix)) > 1:
+        raise UserError(
+            f"{prefix} has {len(pairs)} pairs (shards): `data-tools merge` them, then split"
+        )
     index = indexed.read_index(prefix)
     if index.documents != len(index.lengths):
         raise UserError(

@@ -20,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from data_tools import indexed
 from data_tools.assembly import Assembler
 from data_tools.corpus import Source, find_sources
 from data_tools.documents import HARMLESS
@@ -59,7 +60,7 @@ def tokenize(
     `receipt["reused"]` is true when the files were already there, made from the same things.
     Raises `UserError` (exit code 2) and `Failure` (exit code 1).
     """
-    prefix = Path(prefix)
+    prefix = indexed.prefix(prefix, "--output ")
     allowance = Allowance.parse(max_rejected)
     if workers < 1:
         raise UserError(f"--workers {workers} does no work: write 1 or more")

@@ -73,6 +73,13 @@ def _tokenizer_file(path: Path) -> Path:
     return path
 
 
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except PermissionError as error:
+        raise UserError(f"tokenizer {file} cannot be read: make it readable") from error
+
+
 class SentencePieceTokenizer:
     """A sentencepiece `.model` file."""
 
@@ -82,7 +89,7 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         self.path = str(file)
-        self.model_bytes = file.read_bytes()
+        self.model_bytes = _read(file)
         self.hash = f"sha256:{hashlib.sha256(self.model_bytes).hexdigest()}"
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -136,7 +143,7 @@ class HuggingFaceTokenizer:
         import tokenizers
 
         self.path = str(file)
-        content = file.read_bytes()
+        content = _read(file)
         self.hash = f"sha256:{hashlib.sha256(content).hexdigest()}"
         try:
             self.json: dict[str, Any] = orjson.loads(content)

@@ -25,7 +25,9 @@ from data_tools.receipt import is_intact, read_receipt, receipt_path
 
 def verify(prefix: str | os.PathLike[str]) -> list[str]:
     """All problems of PREFIX (of every pair its receipt lists), one sentence each."""
-    prefix = Path(indexed.paths(prefix)[0].with_suffix(""))
+    prefix = indexed.prefix(prefix)
+    if not any(path.exists() for path in (*indexed.paths(prefix), receipt_path(prefix))):
+        raise UserError(f"{prefix}.idx does not exist: name the prefix of a .bin/.idx pair")
     try:
         receipt = read_receipt(prefix)
     except UserError as error:
@@ -46,7 +48,11 @@ def verify(prefix: str | os.PathLike[str]) -> list[str]:
                 problems.append(
                     f"the receipt counts {receipt['counts'][key]:,} {key}, its pairs {total:,}"
                 )
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read: make it readable") from error
+    except OSError as error:
+        problems.append(f"{error.filename or prefix} cannot be read ({error.strerror})")
+    except (KeyError, TypeError, ValueError) as error:
         problems.append(f"{receipt_path(prefix)} is damaged ({type(error).__name__}: {error})")
     return problems
 
@@ -88,8 +94,7 @@ def _verify_structure(bin_path: Path, idx_path: Path, index: Index) -> list[str]
             at = int(np.argmax(wrong))
             problems.append(
                 f"{idx_path}: sequence {first + at:,} begins at byte "
-                f"{index.pointers[first + at]:,}, "
-                f"where those before it end at {starts[at]:,}"
+                f"{index.pointers[first + at]:,}, where those before it end at {starts[at]:,}"
             )
             return problems
         expected += int(lengths.sum(dtype=np.int64)) * item
@@ -150,8 +155,7 @@ def _verify_tokens(
                 at = start + int(np.argmax((ids >= vocab_size) | (ids < 0))) * item
                 problems.append(
                     f"{bin_path}: the id {ids[(at - start) // item]} at byte {at:,} is outside "
-                    "the vocabulary "
-                    f"of {vocab_size:,} ({_documents(index, at, at + item)})"
+                    f"the vocabulary of {vocab_size:,} ({_documents(index, at, at + item)})"
                 )
             if eod is not None and len(ids):
                 # A document ends where the next begins; the last one where the file ends.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,38 @@ TOKENIZE = ["tokenize", "{x}", "--tokenizer", "{model}", "--output", "{out}"]
             ["train-tokenizer", "{x}", "--vocab-size", "90000", "--output", "{out}"],
             "more than this text",
         ),
+        ([*TOKENIZE[:5], ""], "--output '' names no token files"),
+        ([*TOKENIZE[:5], "."], "--output . names no token files"),
+        ([*TOKENIZE[:5], "{none}/"], "names no token files"),
+        ([*TOKENIZE[:5], "{empty}"], "names no token files"),
+        ([*TOKENIZE[:5], "{none}\udcff"], "not UTF-8"),
+        (["merge", "{pair}", "--output", "{empty}"], "names no token files"),
+        (["merge", "{pair}", "--output", "{out}", "--seed", "-1"], "--seed -1"),
+        (["merge", "{pair}", "--output", "{out}", "--shard-tokens", "-5"], "--shard-tokens -5"),
+        (["split", "{pair}", "--seed", "-1"], "--seed -1"),
+        (["split", "{pair}", "--seed", f"{1 << 63}"], "2^63 - 1"),
+        (["split", "{pair}", "--shares", "a/b=1"], "'a/b'"),
+        (["split", "{pair}", "--shares", "=1"], "--shares names a set ''"),
+        (["peek", "{pair}", "--sample", "-1"], "--sample -1 is negative"),
+        (["peek", "{pair}", "--max-tokens", "-2"], "--max-tokens -2 is negative"),
+        (["peek", "{pair}", "0", "--seed", "-1"], "--seed -1"),
+        (["verify", "{pair}", "{none}"], "does not exist"),
         (["inspect", "{none}"], "does not exist"),
+        (["inspect", ""], "names no token files"),
+        (["inspect", "{lonely}"], "lonely.bin does not exist"),
+        (["peek", "{lonely}", "--tokenizer", "{model}"], "lonely.bin does not exist"),
+        *[
+            ([*command.split(), *more], "made.receipt.json is not a receipt of token files")
+            for command in (
+                "inspect {made}",
+                "lengths {made}",
+                "peek {made}",
+                "split {made}",
+                "merge {made} --output {out}",
+                "tokenize {x} --output {made}",
+            )
+            for more in [TOKENIZE[2:4] if command.startswith("tok") else []]
+        ],
         (["lengths", "{none}", "--contexts", "many"], "numbers"),
         (["merge", "{none}", "--output", "{out}"], "matches none"),
         (["split", "{none}", "--shares", "x"], "NAME=SHARE"),
@@ -69,16 +101,23 @@ TOKENIZE = ["tokenize", "{x}", "--tokenizer", "{model}", "--output", "{out}"]
     ],
 )
 def test_a_wrong_request_is_one_sentence_and_exit_code_2(
-    model: str, tmp_path: Path, capsys, arguments: list[str], words: str
+    model: str, reference: Path, tmp_path: Path, capsys, arguments: list[str], words: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank").write_bytes(b"")
     (tmp_path / "tokenizer.json").write_text("{}")
+    for name in ("lonely", "made"):
+        shutil.copy(f"{reference}/out.idx", tmp_path / f"{name}.idx")
+    (tmp_path / "made.receipt.json").write_text('{"format": 1, "kind": "tokens"}')
+    before = sorted(tmp_path.iterdir())
     names = {
         "model": model,
         "x": write_jsonl(tmp_path / "x.jsonl", ["some text"] * 3),
         "none": tmp_path / "none",
         "out": tmp_path / "out",
+        "pair": reference / "out",
+        "lonely": tmp_path / "lonely",
+        "made": tmp_path / "made",
         "empty": tmp_path / "empty",
         "blank": tmp_path / "blank",
         "json": tmp_path / "tokenizer.json",
@@ -87,7 +126,7 @@ def test_a_wrong_request_is_one_sentence_and_exit_code_2(
     message = capsys.readouterr().err
     assert words in message
     assert message.count("\n") == 1 and "Traceback" not in message
-    assert not list(tmp_path.glob("out*"))
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "x.jsonl"])
 
 
 def test_nothing_heavy_is_imported(model: str, tmp_path: Path) -> None:

@@ -47,6 +47,12 @@ def test_megatron_reads_every_document(tmp_path: Path) -> None:
         assert list(tokens[start:end]) == list(document)
 
 
+@pytest.mark.parametrize("given", ["a.b/c.d", "a.b/c.d.bin", "a.b/c.d.idx", Path("a.b/c.d.bin")])
+def test_a_prefix_may_be_given_as_one_of_its_files(given: str | Path) -> None:
+    assert indexed.prefix(given) == Path("a.b/c.d")
+    assert indexed.paths(given) == (Path("a.b/c.d.bin"), Path("a.b/c.d.idx"))
+
+
 @pytest.mark.parametrize("vocab_size", [2, 32000, 65499, 65500, 65536, 200000])
 def test_dtype_rule_is_megatrons(vocab_size: int) -> None:
     assert indexed.token_dtype(vocab_size) is megatron.DType.optimal_dtype(vocab_size)

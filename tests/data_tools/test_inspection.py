@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 from data_tools.cli import main
 from data_tools.errors import Failure, UserError
 from data_tools.inspection import context_lengths, peek, summary
+from data_tools.merge import merge
 from data_tools.receipt import histogram
 from data_tools.splitting import split
 from data_tools.tokenization import tokenize
@@ -79,6 +84,66 @@ def test_commands_print_text_and_json(prefix: Path, capsys) -> None:
         assert capsys.readouterr().out.strip()
         assert main([command, str(prefix), "--json"]) == 0
         json.loads(capsys.readouterr().out)
+
+
+def test_either_file_of_a_pair_stands_for_it(prefix: Path, capsys) -> None:
+    for command in (["inspect"], ["peek"], ["lengths"], ["verify"]):
+        printed = set()
+        for ending in ("", ".bin", ".idx"):
+            assert main([*command, f"{prefix}{ending}", "--json"]) == 0
+            printed.add(capsys.readouterr().out.replace(ending + '":', '":'))
+        assert len(printed) == 1
+
+
+def test_shards_are_looked_into_as_one(prefix: Path, model: str, tmp_path: Path, capsys) -> None:
+    source, shards = str(prefix.with_name("arxiv.jsonl")), tmp_path / "sh"
+    command = ["tokenize", source, "--tokenizer", model, "--output", str(shards), "--workers", "1"]
+    assert main([*command, "--shard-tokens", "30000", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    for word in (f"{shards}-00000.bin/.idx to {shards}-0000", "pairs): written, 200 documents"):
+        assert word in printed
+    whole, found = summary(prefix), summary(shards)
+    for key in ("documents", "tokens", "bytes", "longest", "percentiles", "histogram", "slices"):
+        assert found[key] == whole[key]
+    assert context_lengths(shards) == context_lengths(prefix)
+    numbers = [0, 60, 120, 180, -1]
+    assert peek(shards, numbers, sample=9) == peek(prefix, numbers, sample=9)
+    merge([str(shards)], tmp_path / "merged")
+    assert (tmp_path / "merged.bin").read_bytes() == Path(f"{prefix}.bin").read_bytes()
+    with pytest.raises(UserError, match="merge"):
+        split(shards, {"train": 0.5, "test": 0.5})
+
+
+def test_text_cannot_command_the_terminal(
+    model: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "x.jsonl", ["caf\u0119 \x1b[31mred\x9b\n\tend"])
+    tokenize([str(tmp_path / "x.jsonl")], model, tmp_path / "x")
+    assert main(["peek", str(tmp_path / "x")]) == 0
+    assert "caf\u0119 \\x1b[31mred\\x9b\n\tend" in capsys.readouterr().out
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", latin)
+    assert main(["peek", str(tmp_path / "x")]) == 0
+    latin.seek(0)
+    assert "caf\\u0119 " in latin.read()
+
+
+def test_a_document_beyond_the_end_of_bin_is_no_document(prefix: Path, tmp_path: Path) -> None:
+    for ending in ("bin", "idx", "receipt.json"):
+        shutil.copy(f"{prefix}.{ending}", tmp_path)
+    os.truncate(tmp_path / "out.bin", 1000)
+    assert peek(tmp_path / "out", [0])
+    with pytest.raises(Failure, match="document 199"):
+        peek(tmp_path / "out", [-1])
+
+
+def test_what_may_not_be_read_is_named(prefix: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def refuse(path: object, *rest: object, **more: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert main(["inspect", str(prefix)]) == 2
+    assert "out.idx cannot be read" in capsys.readouterr().err
 
 
 def test_split_is_disjoint_complete_and_stable(

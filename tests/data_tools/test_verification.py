@@ -13,6 +13,9 @@ import pytest
 from data_tools import indexed
 from data_tools import pair as pair_module
 from data_tools.cli import main
+from data_tools.errors import UserError
+from data_tools.files import read_json, write_json
+from data_tools.receipt import read_receipt
 from data_tools.tokenization import tokenize
 from data_tools.verification import verify
 
@@ -118,7 +121,7 @@ def test_a_last_document_longer_than_a_block_ends_where_the_file_ends(
 def test_wrong_ids_are_named_even_if_checksums_agree(sound: Path, tmp_path: Path) -> None:
     """A pair written wrongly from the start: an id beyond the vocabulary, an EOD missing."""
     from data_tools.pair import PairWriter, publish
-    from data_tools.receipt import read_receipt, write_receipt
+    from data_tools.receipt import write_receipt
 
     index = indexed.read_index(sound / "out")
     tokens = np.array(indexed.open_tokens(sound / "out", index))
@@ -134,3 +137,27 @@ def test_wrong_ids_are_named_even_if_checksums_agree(sound: Path, tmp_path: Path
     problems = "\n".join(verify(tmp_path / "out"))
     assert "outside the vocabulary of 1,000 (document 3)" in problems
     assert "document 5 does not end with EOD" in problems
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda r: r.pop("outputs"), "the receipt has no outputs"),
+        (lambda r: r.update(kind="tokenizer"), "format 1, kind tokenizer"),
+        (lambda r: r.update(format=2), "format 2, kind tokens"),
+        (lambda r: r["outputs"]["pairs"][0]["bin"].update(size="1"), "size is not int"),
+        (lambda r: r["outputs"]["pairs"][0]["bin"]["blocks"].append(3), "] is not str"),
+        (lambda r: r["tokenizer"].pop("hash"), "tokenizer"),
+        (lambda r: r["counts"]["slices"].update(c4={}), "c4 has no documents"),
+        (lambda r: r.update(shard={"number": 1}), "shard has no counts"),
+    ],
+)
+def test_a_receipt_that_lacks_something_is_refused_by_what_it_lacks(
+    sound: Path, tmp_path: Path, change, problem: str
+) -> None:
+    receipt = read_json(sound / "out.receipt.json")
+    assert read_receipt(sound / "out") == receipt
+    change(receipt)
+    write_json(tmp_path / "out.receipt.json", receipt)
+    with pytest.raises(UserError, match=re.escape(problem)):
+        read_receipt(tmp_path / "out")
