@@ -1,12 +1,13 @@
-"""Output projection and cross-entropy in one, in chunks of tokens: the float32 logits of a whole
-micro-batch never exist.
+"""Cross-entropy whose float32 logits of a whole micro-batch never exist.
 
+    losses = cross_entropy(logits, labels)                  # logits in the model's dtype, kept
     losses = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=1024)
 
-Each chunk's logits are made, reduced to two numbers a token (log-sum-exp and the label's logit) and
-dropped; the backward pass makes them again. That costs one more product with the output weight,
-2 tokens hidden_size vocab_size / tensor FLOPs. `ChunkedLossModel` is GPTModel with this loss;
-benchmarks/cross_entropy.py says what it saves.
+Logits are reduced to two numbers a token (log-sum-exp and the label's logit), and the backward pass
+turns them into their gradients in place. In chunks of tokens they are dropped between the two and
+made again, which costs one more product with the output weight, 2 tokens hidden_size vocab_size /
+tensor FLOPs. Compiled, each of the two steps reads the logits and writes no tensor as large beside
+them. `OwnLossModel` is GPTModel with these losses; benchmarks/cross_entropy.py says what they save.
 """
 
 import functools
@@ -21,15 +22,16 @@ from torch import Tensor
 from megatron_ext.rope.attention import RotaryGPTModel
 
 
-class ChunkedLossModel(RotaryGPTModel):
-    """RotaryGPTModel that, given labels, makes the logits of `loss_chunk` tokens at a time."""
+class OwnLossModel(RotaryGPTModel):
+    """RotaryGPTModel that, given labels, makes the logits of `loss_chunk` tokens at a time, or with
+    None all of them, in the model's dtype."""
 
-    loss_chunk = 1024
+    loss_chunk: int | None = None
     compiled = False
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         labels = kwargs.get("labels")
-        if labels is None or not self.post_process:
+        if labels is None or self.loss_chunk is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, **kwargs)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
@@ -47,6 +49,28 @@ class ChunkedLossModel(RotaryGPTModel):
             self.compiled,
         )
 
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        return cross_entropy(logits, labels, self.pg_collection.tp, self.compiled)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    group: dist.ProcessGroup | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """Losses [batch, sequence] float32 of the labels [batch, sequence] int64.
+
+    logits [sequence, batch, vocab_size / tensor] in the model's dtype, rank r of `group` holding
+    the r-th part of the vocabulary; the backward pass overwrites them. compiled: each pass over
+    them in one kernel.
+    """
+    sequence, batch, vocab_size = logits.shape
+    losses = _CrossEntropy.apply(
+        logits.reshape(-1, vocab_size), labels.t().reshape(-1), _several(group), compiled
+    )
+    return losses.view(sequence, batch).t().contiguous()
+
 
 def chunked_cross_entropy(
     hidden: Tensor,
@@ -62,10 +86,9 @@ def chunked_cross_entropy(
     hidden [sequence, batch, hidden_size] in the model's dtype, with sequence_parallel this rank's
     [sequence / tensor, ...]; weight [vocab_size / tensor, hidden_size], rank r of `group` holding
     the r-th part. Gradients of hidden and weight are summed in float32 over the chunks. compiled:
-    what follows the products in one kernel instead of six passes over the logits.
+    each pass over a chunk's logits in one kernel.
     """
-    if group is not None and dist.get_world_size(group) == 1:
-        group = None
+    group = _several(group)
     if group is not None and sequence_parallel:
         hidden = tensor_parallel.gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=True, group=group
@@ -84,6 +107,27 @@ def chunked_cross_entropy(
     return losses.view(sequence, batch).t().contiguous()
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """Losses [tokens] of logits [tokens, vocab_size / tensor]; see cross_entropy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None, compiled: bool
+    ) -> Tensor:
+        labels = _of_this_rank(labels, logits.shape[1], group)
+        log_sum, label_logit = _form(_reduce, compiled)(logits, labels)
+        log_sum, label_logit = _over_ranks(log_sum, label_logit, group)
+        ctx.save_for_backward(logits, labels, log_sum)
+        ctx.compiled = compiled
+        return log_sum - label_logit
+
+    @staticmethod
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        logits, labels, log_sum = ctx.saved_tensors
+        _form(_differentiate, ctx.compiled)(logits, labels, log_sum, loss_gradient)
+        return logits, None, None, None
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Losses [tokens] of hidden [tokens, hidden_size]; see chunked_cross_entropy."""
 
@@ -97,20 +141,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         compiled: bool,
     ) -> Tensor:
-        if group is not None:  # ids within this rank's part of the vocabulary
-            labels = labels - dist.get_rank(group) * len(weight)
-        reduce = _compiled(_reduce) if compiled else _reduce
+        labels = _of_this_rank(labels, len(weight), group)
+        reduce = _form(_reduce, compiled)
         chunks = [
-            reduce(h, weight, y)
+            reduce(h @ weight.t(), y)
             for h, y in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
         ]
         log_sum, label_logit = (torch.cat(part) for part in zip(*chunks, strict=True))
-        if group is not None:
-            highest = log_sum.clone()
-            dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-            sums = torch.stack([(log_sum - highest).exp(), label_logit])
-            dist.all_reduce(sums, group=group)
-            log_sum, label_logit = highest + sums[0].log(), sums[1]
+        log_sum, label_logit = _over_ranks(log_sum, label_logit, group)
         ctx.save_for_backward(hidden, weight, labels, log_sum)
         ctx.chunk_tokens, ctx.compiled = chunk_tokens, compiled
         return log_sum - label_logit
@@ -118,37 +156,66 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, labels, log_sum = ctx.saved_tensors
-        differentiate = _compiled(_differentiate) if ctx.compiled else _differentiate
+        differentiate = _form(_differentiate, ctx.compiled)
         hidden_gradient = torch.empty_like(hidden)
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         rows = [x.split(ctx.chunk_tokens) for x in (hidden, labels, log_sum, loss_gradient)]
         start = 0
         for h, y, s, g in zip(*rows, strict=True):
-            logit_gradient = differentiate(h, weight, y, s, g)
-            torch.mm(logit_gradient, weight, out=hidden_gradient[start : start + len(h)])
-            weight_gradient += logit_gradient.t() @ h
+            logits = h @ weight.t()
+            differentiate(logits, y, s, g)
+            torch.mm(logits, weight, out=hidden_gradient[start : start + len(h)])
+            weight_gradient += logits.t() @ h
             start += len(h)
         return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None
 
 
-def _reduce(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _several(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    return None if group is None or dist.get_world_size(group) == 1 else group
+
+
+def _of_this_rank(labels: Tensor, part: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Ids within this rank's part of the vocabulary, from 0; others are below 0 or beyond it."""
+    return labels if group is None else labels - dist.get_rank(group) * part
+
+
+def _over_ranks(
+    log_sum: Tensor, label_logit: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Both over the whole vocabulary."""
+    if group is None:
+        return log_sum, label_logit
+    highest = log_sum.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    sums = torch.stack([(log_sum - highest).exp(), label_logit])
+    dist.all_reduce(sums, group=group)
+    return highest + sums[0].log(), sums[1]
+
+
+def _reduce(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over this rank's part of the vocabulary and the label's logit, 0 where another
     rank has the label; both [tokens] float32."""
-    logits = (hidden @ weight.t()).float()
-    mine = (labels >= 0) & (labels < len(weight))
+    mine = (labels >= 0) & (labels < logits.shape[1])
     label_logit = logits.gather(1, torch.where(mine, labels, 0).unsqueeze(1)).squeeze(1)
-    return logits.logsumexp(1), torch.where(mine, label_logit, 0.0)
+    return logits.float().logsumexp(1), torch.where(mine, label_logit.float(), 0.0)
 
 
-def _differentiate(
-    hidden: Tensor, weight: Tensor, labels: Tensor, log_sum: Tensor, loss_gradient: Tensor
-) -> Tensor:
-    """(softmax - one-hot) times each token's gradient, [tokens, vocab_size / tensor] in the model's
-    dtype."""
-    gradient = (hidden @ weight.t()).float().sub_(log_sum.unsqueeze(1)).exp_()
-    mine = (labels >= 0) & (labels < len(weight))
-    gradient.scatter_add_(1, torch.where(mine, labels, 0).unsqueeze(1), -mine.float().unsqueeze(1))
-    return gradient.mul_(loss_gradient.unsqueeze(1)).to(hidden.dtype)
+def _differentiate(logits: Tensor, labels: Tensor, log_sum: Tensor, loss_gradient: Tensor) -> None:
+    """Overwrites logits [tokens, vocab_size / tensor] with (softmax - one-hot) times each token's
+    gradient, computed in float32."""
+    gradient = logits.float().sub_(log_sum.unsqueeze(1)).exp_()
+    if torch.compiler.is_compiling():
+        # A scatter would be a kernel of its own, and what comes before it written to memory.
+        tokens = torch.arange(logits.shape[1], device=logits.device)
+        gradient = gradient - (tokens == labels.unsqueeze(1)).float()
+    else:
+        mine = ((labels >= 0) & (labels < logits.shape[1])).unsqueeze(1)
+        gradient.scatter_add_(1, torch.where(mine, labels.unsqueeze(1), 0), -mine.float())
+    logits.copy_(gradient.mul_(loss_gradient.unsqueeze(1)))
+
+
+def _form(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    return _compiled(function) if compiled else function
 
 
 @functools.cache

@@ -20,11 +20,16 @@ from megatron_ext import gpu_packages
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 
-# Enough rows to fill a GPU's matrix units; 257 MB of bf16 logits at a vocabulary of 125,696.
+# Tokens of a chunk of the loss: enough rows to fill a GPU's matrix units. Compiled, a logit takes 2
+# bytes and not 10, so more of them fit, and the whole weight gradient is added up less often.
 CHUNK_TOKENS = 1024
+COMPILED_CHUNK_TOKENS = 4096
 
-# Logits from which `auto` takes chunks: they would hold 6 GB at the loss. Making them twice costs
-# the 2B model with its large vocabulary 4% of a step's FLOPs: not worth it where memory is free.
+# Logits from which `auto` takes chunks: whole, they hold 6 GB at the loss, compiled 2 GB. It is for
+# memory alone. Reckoned, not measured, for as many logits of the 2B model (8,192 tokens, vocabulary
+# 125,696) on an H200 (4.8 TB/s, 700 TFLOP/s): beside the products Megatron-Core's loss moves 52
+# bytes a logit, 11 ms; whole and compiled 6 bytes, 1 ms; chunks too, but make their logits again
+# (6 ms, 4% of a step's FLOPs) and add up the weight gradient in float32 (10 bytes each, 1 ms).
 MANY_LOGITS = 1 << 30
 
 # Import name of each optional package -> how to get it.
@@ -210,7 +215,8 @@ def choose(config: Config, found: Found) -> Kernels:
             "precision.fp8=none"
         )
     _check_multicast(config, found)
-    return Kernels(**chosen, cross_entropy=_cross_entropy(config))
+    compiled = chosen["fusions"].name == "compiled"
+    return Kernels(**chosen, cross_entropy=_cross_entropy(config, compiled))
 
 
 def _check_multicast(config: Config, found: Found) -> None:
@@ -238,13 +244,14 @@ def plain(config: Config) -> Config:
     )
 
 
-def loss_chunk(config: Config) -> int | None:
+def loss_chunk(config: Config, compiled: bool = False) -> int | None:
     """Tokens of a chunk of the cross-entropy, or None when a rank's micro-batch is one."""
     training, parallel, wanted = config.training, config.parallel, config.kernels.cross_entropy
     tokens = training.micro_batch_size * training.sequence_length // parallel.context
     logits = tokens * config.model.vocab_size // parallel.tensor
-    chunked = wanted == "chunked" or (wanted == "auto" and logits >= MANY_LOGITS)
-    return CHUNK_TOKENS if chunked else None
+    if wanted == "chunked" or (wanted == "auto" and logits >= MANY_LOGITS):
+        return COMPILED_CHUNK_TOKENS if compiled else CHUNK_TOKENS
+    return None
 
 
 @functools.cache
@@ -303,9 +310,10 @@ def _way_out(reason: str) -> str:
     return PACKAGES.get(package, "run where it can be had")
 
 
-def _cross_entropy(config: Config) -> Choice:
-    wanted, chunk = config.kernels.cross_entropy, loss_chunk(config)
+def _cross_entropy(config: Config, compiled: bool) -> Choice:
+    wanted, chunk = config.kernels.cross_entropy, loss_chunk(config, compiled)
     reason = f"kernels.cross_entropy={wanted}"
     if wanted == "auto":
         reason = "the logits of a micro-batch are " + ("many" if chunk else "few")
-    return Choice(f"in chunks of {chunk:,} tokens" if chunk else "whole", reason)
+    name = f"in chunks of {chunk:,} tokens" if chunk else "whole"
+    return Choice(f"{name}, compiled" if compiled else name, reason)

@@ -19,7 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config import Config
-from megatron_ext.model.cross_entropy import ChunkedLossModel
+from megatron_ext.model.cross_entropy import OwnLossModel
 from megatron_ext.model.initialization import initialize_weights
 from megatron_ext.model.kernels import choose, look, loss_chunk
 from megatron_ext.model.layers import begin_tensor_overlap, block_spec
@@ -90,7 +90,8 @@ def build_gpt(
     """
     kernels = choose(config, look())
     compiled = kernels.fusions.name == "compiled"
-    model_class = ChunkedLossModel if loss_chunk(config) else RotaryGPTModel
+    chunk = loss_chunk(config, compiled)
+    model_class = OwnLossModel if chunk or compiled else RotaryGPTModel
     model = model_class(
         transformer,
         block_spec(kernels, transformer, RotarySelfAttention, vp_stage),
@@ -110,8 +111,8 @@ def build_gpt(
         cp_group=parallel_state.get_context_parallel_group(),
     )
     install_rotary(model, rotary, fused=compiled)
-    if isinstance(model, ChunkedLossModel):
-        model.compiled = compiled
+    if isinstance(model, OwnLossModel):
+        model.loss_chunk, model.compiled = chunk, compiled
     return model.to(device=torch.cuda.current_device(), dtype=transformer.params_dtype)
 
 
@@ -174,6 +175,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         recompute_granularity=None
         if config.training.recompute == "none"
         else config.training.recompute,
+        # Not the attention core, Megatron-Core's own choice: fused, it keeps nothing large.
+        recompute_modules=["mlp"],
         recompute_method="uniform" if config.training.recompute == "full" else None,
         recompute_num_layers=1 if config.training.recompute == "full" else None,
         calculate_per_token_loss=True,

@@ -59,7 +59,7 @@ def test_a_growing_batch_leaves_no_sample_out(config_file: Path) -> None:
 
 def test_samples_are_the_tokens_of_the_files(config_file: Path, corpus: Path) -> None:
     """Every sample, shifted by one, stands somewhere in the .bin as it was written."""
-    from tests.model.test_llama import single_process
+    from tests.model.conftest import single_process
 
     config = load_config(config_file)
     tokens = np.fromfile(f"{corpus}.bin", dtype=np.uint16)

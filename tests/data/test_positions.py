@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.data.positions import attention_mask, per_document
-from tests.model.test_llama import settings as model_settings
-from tests.model.test_llama import single_process
+from tests.model.conftest import settings as model_settings
+from tests.model.conftest import single_process
 
 EOD = 0
 samples = st.lists(st.lists(st.integers(0, 3), min_size=12, max_size=12), min_size=1, max_size=3)

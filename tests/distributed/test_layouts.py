@@ -93,6 +93,8 @@ LAYOUTS = [
             ("DP2, documents masked", 2, [MASKED]),
             ("CP2, full recompute", 2, [CP2, "training.recompute=full"]),
             ("CP2, selective recompute", 2, [CP2, "training.recompute=selective"]),
+            ("TP2 SP DP2, distributed optimizer, both overlapped, selective recompute", 4,
+             [TP2, SP, DISTRIBUTED, *OVERLAP, GATHER, "training.recompute=selective"]),
             ("PP2 VPP2, full recompute", 2, [PP2, VPP2, "training.recompute=full"]),
             ("TP2 SP PP2 DP2, distributed optimizer", 8, [TP2, SP, PP2, DISTRIBUTED]),
             ("TP2 SP PP2 VPP2 DP2, distributed optimizer", 8, [TP2, SP, PP2, VPP2, DISTRIBUTED]),

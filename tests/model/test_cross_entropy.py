@@ -1,19 +1,24 @@
-"""Chunked cross-entropy against PyTorch's own in float64, and in training against the whole one."""
+"""Our cross-entropies against PyTorch's own in float64, and in training against Megatron-Core's."""
 
 import functools
+import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_ext.config import load_config
-from megatron_ext.model.cross_entropy import chunked_cross_entropy
-from megatron_ext.model.kernels import loss_chunk
-from tests.conftest import ROOT, metrics, pretrain
+from megatron_ext.config import Config, load_config
+from megatron_ext.model.cross_entropy import OwnLossModel, chunked_cross_entropy, cross_entropy
+from megatron_ext.model.initialization import initialize_weights
+from megatron_ext.model.kernels import PACKAGES, Found, choose, loss_chunk
+from tests.conftest import ROOT, free_port, metrics, pretrain
+from tests.model.conftest import settings
 
 SEQUENCE, BATCH, HIDDEN, VOCAB = 10, 3, 16, 50
 
@@ -41,24 +46,28 @@ def whole(hidden, weight, labels):
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 15, 30, 1000])
+def ours(chunk_tokens: int | None, **options):
+    """In chunks, or with the whole logits kept."""
+    if chunk_tokens:
+        return functools.partial(chunked_cross_entropy, chunk_tokens=chunk_tokens, **options)
+    return lambda hidden, weight, labels: cross_entropy(hidden @ weight.t(), labels, **options)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 15, 30, 1000, None])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
 def test_losses_and_gradients_are_those_of_float64(
     inputs, chunk_tokens, dtype, tolerance, device
 ) -> None:
-    def chunked(hidden, weight, labels):
-        return chunked_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)
-
     # The same rounded inputs for both: what is judged is the arithmetic.
     inputs = [x.to(device) for x in inputs]
     rounded = [x.to(dtype).double() if x.is_floating_point() else x for x in inputs]
     expected = losses_and_gradients(whole, *rounded, torch.float64)
-    found = losses_and_gradients(chunked, *rounded, dtype)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.shape == theirs.shape
-        error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+    found = losses_and_gradients(ours(chunk_tokens), *rounded, dtype)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.shape == theirs.shape
+        error = (mine.double() - theirs).abs().max() / theirs.abs().max()
         assert error < tolerance
 
 
@@ -102,6 +111,24 @@ def test_auto_takes_chunks_where_the_logits_of_the_2b_are_large(settings, chunk)
 
 
 @pytest.mark.parametrize(
+    ("settings", "name", "compiled_name"),
+    [
+        (["training.micro_batch_size=2"], "whole", "whole, compiled"),  # the shipped 2B's
+        (["training.micro_batch_size=4"], "in chunks of 1,024 tokens",
+         "in chunks of 4,096 tokens, compiled"),
+        (["kernels.cross_entropy=chunked"], "in chunks of 1,024 tokens",
+         "in chunks of 4,096 tokens, compiled"),
+    ],
+)  # fmt: skip
+def test_where_kernels_are_compiled_so_is_the_loss(settings, name, compiled_name) -> None:
+    config = load_config(ROOT / "configs/models/llama_2b.yaml", settings)
+    gpu = Found((9, 0), {})
+    bare = Found((9, 0), dict.fromkeys(PACKAGES, "not installed"))
+    assert choose(config, bare).cross_entropy.name == name
+    assert choose(config, gpu).cross_entropy.name == compiled_name
+
+
+@pytest.mark.parametrize(
     ("processes", "layout"),
     [
         (1, []),
@@ -129,16 +156,86 @@ def test_training_is_the_same_in_chunks(
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
+@pytest.mark.usefixtures("here")
+def test_a_models_losses_and_gradients_are_those_of_megatron_cores() -> None:
+    from megatron_ext.model.llama import build_gpt, transformer_config
+
+    tokens = torch.randint(0, 160, (2, 49), generator=torch.Generator().manual_seed(0))
+    counts = torch.rand(2, 48, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for kind in ("whole", "chunked", "kept"):
+        given = {**settings(), "kernels": {"cross_entropy": kind.replace("kept", "chunked")}}
+        config = Config.model_validate(given)
+        model = build_gpt(config, transformer_config(config))
+        initialize_weights(model, config)
+        assert isinstance(model, OwnLossModel) == (kind != "whole")
+        if kind == "kept":  # as where it is compiled, which needs a GPU
+            model.loss_chunk = None
+        losses = model(tokens[:, :-1], None, None, labels=tokens[:, 1:])
+        (losses * counts).sum().backward()
+        found[kind] = losses.detach(), *(weight.grad for weight in model.parameters())
+    for kind in ("chunked", "kept"):
+        for mine, theirs in zip(found[kind], found["whole"], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++"), reason="torch.compile needs a C++ compiler"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_the_compiled_form_that_a_gpu_gets_is_the_same(inputs) -> None:
+@needs_compiler
+@pytest.mark.parametrize("chunk_tokens", [7, None])
+def test_the_compiled_form_that_a_gpu_gets_is_the_same(inputs, chunk_tokens) -> None:
     forms = [
-        losses_and_gradients(
-            functools.partial(chunked_cross_entropy, chunk_tokens=7, compiled=compiled),
-            *inputs,
-            torch.float32,
-        )
+        losses_and_gradients(ours(chunk_tokens, compiled=compiled), *inputs, torch.float32)
         for compiled in (True, False)
     ]
-    for ours, theirs in zip(*forms, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(*forms, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_it_makes_no_tensor_as_large_as_the_logits() -> None:
+    """What a kernel of torch.compile's writes to memory stands in the code that calls it."""
+    logits = torch.randn(64, 100).bfloat16().requires_grad_()
+    labels = torch.randint(0, 100, (1, 64))
+
+    def forward_and_backward():
+        cross_entropy(logits.unsqueeze(1), labels, compiled=True).sum().backward()
+
+    torch._dynamo.reset()
+    _, code = run_and_get_code(forward_and_backward)
+    assert len(code) == 2
+    made = re.findall(r"empty_strided_\w+\(\((.*?)\),", "".join(code))
+    shapes = [tuple(map(int, re.findall(r"\d+", shape))) for shape in made]
+    assert shapes and max(map(math.prod, shapes)) == 64, shapes
+
+
+@pytest.mark.slow
+def test_each_tensor_parallel_rank_has_its_part_of_whole_logits(inputs) -> None:
+    torch.multiprocessing.spawn(compare_on_a_rank, (free_port(), inputs), nprocs=2)
+
+
+def compare_on_a_rank(rank: int, port: int, inputs: tuple[torch.Tensor, ...]) -> None:
+    hidden, weight, labels, counts = inputs
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    expected = losses_and_gradients(whole, *inputs, torch.float64)
+    part = weight.chunk(2)[rank]
+
+    def sharded(hidden, weight, labels):
+        logits = (hidden @ weight.t()).float()
+        return cross_entropy(logits, labels, torch.distributed.group.WORLD)
+
+    losses, of_hidden, of_weight = losses_and_gradients(
+        sharded, hidden, part, labels, counts, torch.float64
+    )
+    torch.distributed.all_reduce(of_hidden)
+    torch.testing.assert_close(losses.double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_hidden, expected[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_weight, expected[2].chunk(2)[rank], rtol=1e-5, atol=1e-5)
+    torch.distributed.destroy_process_group()

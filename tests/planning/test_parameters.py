@@ -54,8 +54,8 @@ def test_transformers_llama_has_as_many(model: Model) -> None:
 )
 def test_our_model_has_as_many(changes: dict) -> None:
     from megatron_ext.model.llama import build_model
-    from tests.model.test_llama import settings as shape
-    from tests.model.test_llama import single_process
+    from tests.model.conftest import settings as shape
+    from tests.model.conftest import single_process
 
     config = Config.model_validate(shape(**changes))
     with single_process(config):

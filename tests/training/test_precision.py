@@ -28,7 +28,7 @@ def steps_of(config_file: Path, count: int, *settings: str) -> list[StepResult]:
     from megatron_ext.model.llama import build_model
     from megatron_ext.training.optimizer import build_optimizer
     from megatron_ext.training.step import train_step
-    from tests.model.test_llama import single_process
+    from tests.model.conftest import single_process
 
     config = load_config(
         config_file, ["training.micro_batch_size=4", "schedule.type=constant", *settings]

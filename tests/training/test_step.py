@@ -50,7 +50,7 @@ def test_a_request_to_stop_counts_for_the_step_it_comes_in(config_file: Path) ->
     from megatron_ext.training.optimizer import build_optimizer
     from megatron_ext.training.step import train_step
     from megatron_ext.world import limit_collectives
-    from tests.model.test_llama import single_process
+    from tests.model.conftest import single_process
 
     config = load_config(config_file, ["faults.hang_timeout_s=40"])
     asked = []
