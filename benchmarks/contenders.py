@@ -1,8 +1,7 @@
 """One training step of the same Llama: ours, transformers' and plain PyTorch's, for benchmarks.
 
-    worker = Worker("ours", Case(SIZES["60M"], length=512, micro_batch=4))   # a process of its own
-    worker.step(); worker.seconds, worker.results                # seconds, and the loss of each
-    worker.profile(); worker.close()                             # step_profile.py; memory
+    step, parameters = BUILDERS["ours"](Case(SIZES["60M"], length=512, micro_batch=4))
+    loss = step()                                     # in a process of its own: worker.py
 
 The same parameters and tokens, AdamW (PyTorch's fused one for the peers, as transformers' Trainer
 has it), gradient norm clipped at 1, no recomputation. In bf16 the peers compute under autocast with
@@ -13,20 +12,11 @@ weights. A contender called "matmul" tells the rate of the best of the model's o
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.step_profile import Profile, profiled
 
 CONTENDERS = ("transformers", "plain PyTorch", "ours")
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "vocab_size")
@@ -76,99 +66,6 @@ class Case:
         h, f = self.shape["hidden_size"], self.shape["ffn_hidden_size"]
         layers = self.shape["num_layers"] * (4 * h * h + 3 * h * f)
         return layers + self.shape["vocab_size"] * h
-
-
-class Worker:
-    """A process that takes one step for each line it is sent. It builds its model while others do;
-    the first word to it waits for that."""
-
-    def __init__(self, name: str, case: Case, threads: int = 1) -> None:
-        self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, name, json.dumps(asdict(case))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
-        )  # fmt: skip
-        self.seconds: list[float] = []
-        self.results: list[float] = []
-        self._ready = False
-
-    def step(self, counts: bool = True) -> None:
-        """One step; its seconds, and the loss or the rate, are kept if it counts."""
-        answer = self._ask("step")
-        if counts:
-            self.seconds.append(answer["seconds"])
-            self.results.append(answer["result"])
-
-    def rest(self) -> None:
-        """Give memory that is not needed between steps to the others on the GPU."""
-        self._ask("rest")
-
-    def profile(self) -> Profile:
-        """Where the time of one step goes."""
-        return Profile(**self._ask("profile"))
-
-    def close(self) -> dict[str, Any]:
-        """Parameters and peak memory; the process ends."""
-        answer = self._ask("end")
-        self.process.wait()
-        return answer
-
-    def kill(self) -> None:
-        self.process.kill()
-
-    def _ask(self, word: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        if not self._ready:
-            self._answer()  # built
-            self._ready = True
-        try:
-            self.process.stdin.write(word + "\n")
-        except OSError:
-            raise RuntimeError(f"{self.name} died: see above") from None
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"{self.name} died: see above")
-
-
-def work(name: str, case: Case) -> None:
-    """The worker's side."""
-    import torch
-
-    gpu = case.device == "cuda"
-    step, parameters = BUILDERS[name](case)
-    _say({"ready": True})
-    for line in sys.stdin:
-        word = line.strip()
-        if word == "step":
-            started = time.perf_counter()
-            result = step()
-            if gpu:
-                torch.cuda.synchronize()
-            _say({"seconds": time.perf_counter() - started, "result": result})
-        elif word == "profile":
-            _say(asdict(profiled(step, gpu)))
-        elif word == "rest":
-            if gpu:
-                torch.cuda.empty_cache()
-            _say({})
-        elif word == "end":
-            peak = torch.cuda.max_memory_allocated() if gpu else _resident()
-            _say({"parameters": parameters, "peak_gb": peak / 1e9, "torch": torch.__version__})
-            return
-
-
-def _say(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer), flush=True)
-
-
-def _resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def token_ids(case: Case) -> Iterator[Any]:
@@ -323,7 +220,8 @@ def build_plain(case: Case) -> tuple[Callable[[], float], int]:
 def peer_step(
     model: Any, loss_of: Callable[[Any], Any], case: Case
 ) -> tuple[Callable[[], float], int]:
-    """The usual loop around a model: zero, losses, backward, clip, step."""
+    """The usual loop around a model: losses, backward, clip, step, zero. Between steps no gradients
+    take memory from the others on the GPU."""
     import torch
 
     optimizer = torch.optim.AdamW(
@@ -334,7 +232,6 @@ def peer_step(
     given = token_ids(case)
 
     def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=case.device)
         for _ in range(case.micro_batches):
             ids = next(given).to(case.device, non_blocking=True)
@@ -344,6 +241,7 @@ def peer_step(
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return total.item()
 
     return step, sum(weight.numel() for weight in model.parameters())
@@ -361,7 +259,8 @@ def build_matmul(case: Case) -> tuple[Callable[[], float], int]:
     def random(*size: int) -> Any:
         return torch.randn(*size, device=case.device).to(dtype)
 
-    pairs = [(random(tokens, h), random(h, n)) for n in (3 * h, 2 * f, v, 4096)]
+    products = [(h, 3 * h), (h, h), (h, 2 * f), (f, h), (h, v)]
+    pairs = [(random(tokens, inner), random(inner, n)) for inner, n in products]
     work_flops = 2e13 if gpu else 2e10
 
     def step() -> float:
@@ -389,7 +288,3 @@ BUILDERS = {
     "plain PyTorch": build_plain,
     "matmul": build_matmul,
 }
-
-
-if __name__ == "__main__":
-    work(sys.argv[1], replace(Case({}, 0, 0), **json.loads(sys.argv[2])))

@@ -1,15 +1,17 @@
 """Our training step on one GPU beside transformers' Llama and a plain PyTorch one, both compiled.
 
-    python benchmarks/gpu_train.py               # torch and megatron-core suffice
+    python benchmarks/gpu_train.py               # the base install suffices
     python benchmarks/gpu_train.py --case "2B 4k" --rounds 10 --json train.json
     python benchmarks/gpu_train.py --toy         # a tiny model on a CPU: proves the command
 
-bf16; what each contender is stands in contenders.py. Without the package transformers that one is
-left out. Each is a process of its own that builds and compiles while the others do; then they take
-turns of one step that does not count and --steps that do, so that a warm or throttled moment of the
-GPU meets all. Medians count. Where the states of three together do not fit on the GPU, each turn is
-a process of its own. Cases come in the order of their importance; none is begun after --minutes,
-so that 8 minutes should be enough.
+bf16; what each contender is stands in contenders.py. Ours lets SDPA try cuDNN's attention first
+from compute capability 9.0 on, the peers leave the choice to PyTorch. Without the package
+transformers that one is left out; so is, with its reason, one that fails or gives no answer for
+--patience seconds. Each is a process of its own that builds its model while others do; then they
+take turns of one step that does not count and --steps that do, so that a warm or throttled moment
+of the GPU meets all. A first step before them compiles, for one after the other. Medians count.
+Where the states of all do not fit on the GPU, each takes all its steps in one turn, alone. Cases
+come in the order of their importance; none is begun after --minutes, and one at work goes on.
 
 tokens/s, and what share of two peaks they are: TFLOP/s and MFU count 6 N + 12 L h s FLOPs a token
 (all scores) against the data sheet; the share of the matmul rate counts 6 N + 6 L h s (the causal
@@ -19,18 +21,21 @@ kernels of several streams may run at once.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.contenders import CONTENDERS, SIZES, Case, Worker
+from benchmarks.contenders import CONTENDERS, SIZES, Case
 from benchmarks.step_profile import OTHER, Profile, by_category, longest_of
+from benchmarks.worker import Worker
 
 # Name, size, length, micro-batch, micro-batches: at 4k 8 sequences a GPU and step, as the 2B's
 # batch of 1024 has on 128 GPUs.
@@ -48,19 +53,21 @@ _TINY = {
     "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176, "num_heads": 4, "vocab_size": 512,
 }  # fmt: skip
 TOY = {"toy": Case(_TINY, 128, 2, 2, "cpu", "bf16")}
-# Bytes of state a parameter, ours and the peers': 2 + 4 weights, 4 gradient, 8 moments; 4 + 4 + 8.
-_STATE_BYTES, _ROOM_BYTES = 18, 25e9
+# Bytes a parameter between steps, ours and a peer's: 2 + 4 weights, 4 gradient, 8 moments; 4 + 8.
+# Room: activations and logits of the one at work (~35 GB of the 2B), a peer's gradients, contexts.
+_OUR_BYTES, _PEER_BYTES, _ROOM_BYTES = 18, 12, 45e9
 
 
 @dataclass
 class Measured:
-    """One contender in one case."""
+    """One contender in one case; `failure` says why it has no figures."""
 
     seconds: list[float] = field(default_factory=list)
     results: list[float] = field(default_factory=list)
     peak_gb: float = 0.0
     parameters: int = 0
     profile: Profile | None = None
+    failure: str = ""
 
 
 def main() -> None:
@@ -75,16 +82,11 @@ def main() -> None:
         if time.monotonic() - started > 60 * options.minutes:
             print(f"\n{name}: left out, {options.minutes:g} minutes are over")
             continue
-        try:
-            measured = measure(case, options)
-        except RuntimeError as error:  # out of memory, say: the other cases can still be had
-            print(f"\n{name}: failed: {error}", flush=True)
-            continue
-        found[name] = report(name, case, measured, options.toy)
+        found[name] = report(name, case, measure(case, options), options.toy)
         if options.json:
             options.json.write_text(json.dumps(found, indent=2))
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes")
-    if not found:
+    if not any(case["contenders"] for case in found.values()):
         sys.exit(1)
 
 
@@ -111,10 +113,8 @@ def machine(toy: bool) -> str:
     )  # fmt: skip
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = f"torch {torch.__version__}, megatron-core {megatron.core.__version__}"
-    if importlib.util.find_spec("transformers"):
-        import transformers
-
-        versions += f", transformers {transformers.__version__}"
+    with contextlib.suppress(PackageNotFoundError):
+        versions += f", transformers {version('transformers')}"
     kernels = choose(config, look())
     return f"{time.strftime('%Y-%m-%d')}, {device}, {versions}\nkernels (2B 4k): {kernels}"
 
@@ -123,69 +123,91 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Measured]:
     """All contenders and the matmul rate, in turns."""
     names = [name for name in CONTENDERS if name != "transformers" or _has_transformers()]
     measured = {name: Measured() for name in (*names, "matmul")}
-    together = _together(case, len(names))
+    rounds, steps = options.rounds, options.steps
     workers: dict[str, Worker] = {}
+    if _together(case, len(names)):
+        workers = {name: Worker(name, case, patience=options.patience) for name in measured}
+    else:
+        rounds, steps = 1, rounds * steps
     try:
-        if together:
-            workers = {name: Worker(name, case) for name in measured}
-        for turn in range(options.rounds):
+        for turn in range(rounds):
             for name, mine in measured.items():
-                worker = workers.get(name) or Worker(name, case)
-                workers[name] = worker
-                if turn == 0 or not together:
-                    worker.step(counts=False)  # compiles
-                worker.step(counts=False)
-                for _ in range(1 if name == "matmul" else options.steps):
-                    worker.step()
-                last = turn == options.rounds - 1
-                if last and name == "ours":
-                    mine.profile = worker.profile()
-                if together and not last:
-                    worker.rest()
+                if mine.failure:
                     continue
-                mine.seconds += worker.seconds
-                mine.results += worker.results
-                ended = worker.close()
-                mine.peak_gb, mine.parameters = ended["peak_gb"], ended["parameters"]
-                del workers[name]
+                if name not in workers:
+                    workers[name] = Worker(name, case, patience=options.patience)
+                try:
+                    take_turn(workers[name], 1 if name == "matmul" else steps, first=turn == 0)
+                    if turn == rounds - 1:
+                        finish(workers[name], mine)
+                except RuntimeError as error:  # out of memory, say
+                    mine.failure = " ".join(str(error).split())
+                    workers[name].kill()  # its memory is for the others
     finally:
         for worker in workers.values():
             worker.kill()
     return measured
 
 
+def take_turn(worker: Worker, steps: int, first: bool) -> None:
+    if first:
+        worker.step(counts=False)  # compiles
+    worker.step(counts=False)
+    for _ in range(steps):
+        worker.step()
+    worker.rest()
+
+
+def finish(worker: Worker, mine: Measured) -> None:
+    """Take its figures; the process ends."""
+    profile = worker.profile() if worker.name == "ours" else None
+    ended = worker.close()
+    mine.seconds, mine.results, mine.profile = worker.seconds, worker.results, profile
+    mine.peak_gb, mine.parameters = ended["peak_gb"], ended["parameters"]
+
+
 def report(name: str, case: Case, measured: dict[str, Measured], toy: bool) -> dict[str, Any]:
     """Print the tables of a case; the same as JSON values."""
-    rate = max(measured["matmul"].results)
+    rate = max(measured["matmul"].results, default=None)
     peak = None if toy else _data_sheet()
-    first = next(who for who in measured if who != "matmul")
-    base = statistics.median(measured[first].seconds)
+    there = {who: mine for who, mine in measured.items() if who != "matmul" and mine.seconds}
+    first = next(iter(there), "")
     print(
-        f"\n{name}: {measured['ours'].parameters:,} parameters, {case.micro_batches} micro-batches "
-        f"of {case.micro_batch} x {case.length} tokens; matmul {rate / 1e12:.3g} TFLOP/s\n\n"
-        "| who | tokens/s | ratio | TFLOP/s | MFU | of the matmul rate | peak GB | loss |\n"
+        f"\n{name}: {case.parameters / 1e6:,.1f} million parameters, {case.micro_batches} "
+        f"micro-batches of {case.micro_batch} x {case.length} tokens; matmul "
+        f"{f'{rate / 1e12:.3g} TFLOP/s' if rate else 'not measured'}\n\n"
+        f"| who | tokens/s | of {first}'s | TFLOP/s | MFU | of the matmul rate | peak GB | loss |\n"
         + "| --- " * 8 + "|"
     )  # fmt: skip
     rows = {}
-    for who, mine in measured.items():
-        if who == "matmul":
-            continue
+    for who, mine in there.items():
         seconds = statistics.median(mine.seconds)
+        ratio = statistics.median(there[first].seconds) / seconds
         speed = case.tokens / seconds
         tflops = speed * case.flops_per_token(1.0) / 1e12
-        share = speed * case.flops_per_token(0.5) / rate
-        mfu = f"{tflops / peak:.1%}" if peak else "-"
+        mfu = tflops / peak if peak else None
+        share = speed * case.flops_per_token(0.5) / rate if rate else None
         print(
-            f"| {who} | {speed:,.0f} | {base / seconds:.2f} | {tflops:.3g} | {mfu} | {share:.1%} "
-            f"| {mine.peak_gb:.2f} | {mine.results[-1]:.4f} |"
+            f"| {who} | {speed:,.0f} | {ratio:.2f} | {tflops:.3g} | {_percent(mfu)} "
+            f"| {_percent(share)} | {mine.peak_gb:.2f} | {mine.results[-1]:.4f} |"
         )
         rows[who] = {
-            "tokens_per_s": speed, "ratio": base / seconds, "tflops": tflops,
-            "mfu": tflops / peak if peak else None, "of_matmul": share, "peak_gb": mine.peak_gb,
+            "tokens_per_s": speed, "ratio": ratio, "tflops": tflops, "mfu": mfu,
+            "of_matmul": share, "peak_gb": mine.peak_gb, "parameters": mine.parameters,
             "loss": mine.results[-1], "step_s": mine.seconds,
         }  # fmt: skip
+    failures = {who: mine.failure for who, mine in measured.items() if mine.failure}
+    for who, reason in failures.items():
+        print(f"\n{who} left out: {reason}")
     profile = measured["ours"].profile
-    assert profile is not None
+    return {
+        "matmul_tflops": rate / 1e12 if rate else None, "contenders": rows, "left_out": failures,
+        "profile_us": show_profile(profile) if profile else {},
+    }  # fmt: skip
+
+
+def show_profile(profile: Profile) -> dict[str, float]:
+    """Print it by category; the same as microseconds."""
     table = [*by_category(profile.kernels), ("no kernel running", profile.idle_us)]
     print("\n| where a step of ours goes | ms | share |\n| --- | --- | --- |")
     for what, spent in table:
@@ -193,7 +215,11 @@ def report(name: str, case: Case, measured: dict[str, Measured], toy: bool) -> d
         if what == OTHER:
             for kernel, part in longest_of(OTHER, profile.kernels, 5):
                 print(f"| - {kernel[:90]} | {part / 1e3:.2f} | {part / profile.step_us:.1%} |")
-    return {"matmul_tflops": rate / 1e12, "contenders": rows, "profile_us": dict(table)}
+    return dict(table)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _has_transformers() -> bool:
@@ -206,16 +232,16 @@ def _together(case: Case, contenders: int) -> bool:
     if case.device == "cpu":
         return True
     memory = torch.cuda.get_device_properties(0).total_memory
-    return contenders * _STATE_BYTES * case.parameters + _ROOM_BYTES < memory
+    states = (_OUR_BYTES + (contenders - 1) * _PEER_BYTES) * case.parameters
+    return states + _ROOM_BYTES < memory
 
 
 def _data_sheet() -> float | None:
     import torch
 
-    from megatron_ext.training.utilization import PEAK_TFLOPS
+    from megatron_ext.training.utilization import data_sheet
 
-    name = torch.cuda.get_device_name()
-    return next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    return data_sheet(torch.cuda.get_device_name()).tflops
 
 
 def parse() -> argparse.Namespace:
@@ -228,6 +254,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--minutes", type=float, default=6.0, help="begin no case after these")
+    parser.add_argument("--patience", type=float, default=240.0, metavar="SECONDS",
+                        help="leave out who takes longer to build or for a step")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser.parse_args()
 

@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.contenders import CONTENDERS, SIZES, Case, Worker
+from benchmarks.contenders import CONTENDERS, SIZES, Case
+from benchmarks.worker import Worker
 
 TOKENS_A_STEP = {"5M": 4096, "60M": 2048}
 

@@ -1,6 +1,8 @@
 """The benchmarks that wait for a GPU run, at toy size, on a CPU."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.contenders import BUILDERS
+from benchmarks.contenders import BUILDERS, Case, peer_step
 from benchmarks.gpu_train import TOY
 from benchmarks.kernel_paths import KERNELS
 from benchmarks.step_profile import by_category, covered, longest_of, profiled
+from benchmarks.worker import Worker
 from tests.conftest import ROOT, environment
 
 
@@ -42,6 +45,50 @@ def test_a_training_step_beside_its_peers(tmp_path: Path) -> None:
     assert found["profile_us"]["matrix products"] > 0
     assert found["profile_us"]["attention"] > 0
     assert "| no kernel running | " in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "options", "reason"),
+    [
+        ("raise OSError('broken | wheel')", [], "OSError: broken | wheel"),
+        ("import time; time.sleep(1000)", ["--patience", 20], "no answer in 20 s"),
+    ],
+)
+def test_a_contender_that_fails_or_hangs_is_left_out_and_the_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, options: list, reason: str
+) -> None:
+    (tmp_path / "transformers.py").write_text(body)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    file = tmp_path / "train.json"
+    toy = ("--toy", "--rounds", 1, "--steps", 1)
+    shown = run("benchmarks/gpu_train.py", *toy, "--json", file, *options)
+    found = json.loads(file.read_text())["toy"]
+    assert f"transformers left out: {reason}" in shown
+    assert found["left_out"] == {"transformers": reason}
+    assert found["contenders"]["plain PyTorch"]["ratio"] == 1
+    assert found["contenders"]["ours"]["of_matmul"] > 0
+
+
+def test_a_worker_says_why_it_gives_no_answer_and_leaves_no_process() -> None:
+    unknown = Worker("no contender", TOY["toy"])
+    with pytest.raises(RuntimeError, match="KeyError: 'no contender'"):
+        unknown.step()
+    unknown.kill()
+    slow = Worker("plain PyTorch", TOY["toy"], patience=0.1)
+    with pytest.raises(RuntimeError, match=r"no answer in 0.1 s"):
+        slow.step()
+    assert unknown.process.returncode and slow.process.wait(10) == -signal.SIGKILL
+
+
+def test_peers_hold_no_gradients_between_steps() -> None:
+    model = torch.nn.Linear(4, 4)
+    case = Case(TOY["toy"].shape, 3, 2)
+    step, _ = peer_step(model, lambda ids: model(ids.float()).square().mean(), case)
+    before = model.weight.detach().clone()
+    step()
+    assert not torch.equal(model.weight, before)
+    assert all(weight.grad is None for weight in model.parameters())
 
 
 @pytest.mark.slow

@@ -22,8 +22,17 @@ CONVENTION = (
     "mfu: 6 N + 12 L h s FLOPs a token, attention in full; mfu_causal: 6 N + 6 L h s, its causal "
     "half; N weights of matrix products, recomputation not counted"
 )
-# Dense bf16 peaks from NVIDIA's data sheets, TFLOP/s; the key stands in the device's name.
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4, "B200": 2250.0}
+# Dense bf16 peaks from NVIDIA's data sheets, TFLOP/s; the first key found in the device's name.
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "H100 PCIe": 756.5,
+    "H100 NVL": 835.5,
+    "H200 NVL": 835.5,
+    "H100": 989.4,
+    "H200": 989.4,
+    "GB200": 2500.0,
+    "B200": 2250.0,
+}
 _MATMUL_SIZE = 512  # milliseconds a product
 _MATMUL_REPEATS = 5
 
@@ -62,11 +71,15 @@ def peak_of(here: World, config: Config) -> Peak:
         rate = measured_matmul_tflops(dtype)
         name = str(dtype).removeprefix("torch.")
         return Peak(rate, f"{name} matmul of this CPU, measured, {here.size} ranks at once")
-    name = device_name(here.device)
-    known = next((key for key in PEAK_TFLOPS if key in name), None)
-    return (
-        Peak(PEAK_TFLOPS[known], f"{known} data sheet, dense bf16") if known else Peak(None, name)
-    )
+    return data_sheet(device_name(here.device))
+
+
+def data_sheet(device: str) -> Peak:
+    """The peak of a GPU by its name."""
+    known = next((key for key in PEAK_TFLOPS if key in device), None)
+    if known is None:
+        return Peak(None, device)
+    return Peak(PEAK_TFLOPS[known], f"{known} data sheet, dense bf16")
 
 
 def measured_matmul_tflops(dtype: torch.dtype) -> float:
