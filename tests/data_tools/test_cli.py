@@ -85,7 +85,6 @@ TOKENIZE = ["tokenize", "{x}", "--tokenizer", "{model}", "--output", "{out}"]
             ([*command.split(), *more], "made.receipt.json is not a receipt of token files")
             for command in (
                 "inspect {made}",
-                "lengths {made}",
                 "peek {made}",
                 "split {made}",
                 "merge {made} --output {out}",
