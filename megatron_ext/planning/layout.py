@@ -40,8 +40,7 @@ from megatron_ext.planning.sources import GIB
 from megatron_ext.planning.throughput import StepTime, step_time
 from megatron_ext.planning.workload import GPUS_PER_NODE, Workloads, from_rows, gpu_table
 
-# Selective recompute repeats the attention core, which flash attention does not keep anyway.
-_RECOMPUTE = ("none", "full")
+_RECOMPUTE = ("none", "selective", "full")
 _MOST_CHUNKS = 4  # of a stage: a quarter of the bubble, four times its messages
 _LARGEST_MICRO_BATCH = 16
 _ROOM = 0.95  # of the GPU's memory: the prediction's own error stays free
@@ -116,7 +115,8 @@ def _row(config: Config, gpus: int, gpu: str) -> dict[str, Any]:
         "zero_stage": int(parallel.distributed_optimizer),
         "micro_batch": training.micro_batch_size,
         "global_batch": training.global_batch_size,
-        "recompute": training.recompute,
+        # The tables call it selective when the attention core is repeated.
+        "recompute": "mlp" if training.recompute == "selective" else training.recompute,
         "precision": _precision(config),
         "loss_chunk": loss_chunk(config) or 0,
     }

@@ -117,9 +117,14 @@ def layer_bytes(w: Workloads) -> Column:
     spread = np.where(w.seq_parallel > 0, w.tp, 1)
     dropout = np.where(w.gated > 0, 0, 2 * h)
     outside = 8 * h + dropout  # inputs and outputs of both norms, and the dropout masks
-    mlp = np.where(w.gated > 0, 8 * w.ffn + 2 * (query + kv), 4 * w.ffn)
-    inside = 2 * (query + 2 * kv) + 2 * query + mlp
+    rotated = np.where(w.gated > 0, 2 * (query + kv), 0)
+    inside = 2 * (query + 2 * kv) + 2 * query + rotated + within_mlp(w)
     return outside / spread + inside / w.tp + score_bytes(w)
+
+
+def within_mlp(w: Workloads) -> Column:
+    """Of them, over all tensor-parallel ranks, those between the MLP's matrices."""
+    return np.where(w.gated > 0, 8 * w.ffn, 4 * w.ffn)
 
 
 def loss_bytes(w: Workloads, tokens: Column) -> Column:
@@ -149,11 +154,13 @@ def kept_bytes(w: Workloads) -> Column:
     """What of it stays until the backward pass, by recompute mode."""
     whole, scores = layer_bytes(w), score_bytes(w)
     inputs = 2 * w.hidden / np.where(w.seq_parallel > 0, w.tp, 1)
-    return np.select(
-        [w.recompute == "full", w.recompute == "selective", w.recompute == "selective_block"],
-        [inputs, whole - scores, (whole + inputs) / 2],
-        whole,
-    )
+    kept = {
+        "full": inputs,
+        "selective": whole - scores,
+        "mlp": whole - within_mlp(w) / w.tp,
+        "selective_block": (whole + inputs) / 2,
+    }
+    return np.select([w.recompute == mode for mode in kept], list(kept.values()), whole)
 
 
 def micro_batches_in_flight(w: Workloads, stage: Column) -> Column:

@@ -159,7 +159,7 @@ def plan_of(config: Config, work: Workloads) -> Plan:
             "data": int(work.dp[0]),
             "micro-batch": int(work.micro_batch[0]),
             "micro-batches": int(work.micro_batches[0]),
-            "recompute": str(work.recompute[0]),
+            "recompute": config.training.recompute,
         },
         parameters=count_parameters(config.model).total,
         memory_gib=stages,

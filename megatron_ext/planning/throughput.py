@@ -106,7 +106,8 @@ def step_time(w: Workloads, c: TimeConstants) -> StepTime:
     once = layer.matmul + layer.attention + layer.elementwise + 2 * layer.reduce + layer.ring
     # Selective recompute repeats the attention core, which FlashAttention does anyway.
     core = ((w.recompute == "selective") & (w.flash_attn == 0)) * layer.attention
-    recompute = again * once + core
+    mlp = (w.recompute == "mlp") * layer.mlp
+    recompute = again * once + core + mlp
     backward_attention = np.where(w.flash_attn > 0, 2.5, 2.0) * layer.attention
     on_gpu = 3 * (layer.matmul + layer.ring) + layer.attention + backward_attention
     on_gpu = on_gpu + 2.5 * layer.elementwise + 4 * layer.reduce + recompute
@@ -156,6 +157,8 @@ class _Layer:
     matmul: Column
     attention: Column
     elementwise: Column
+    mlp: Column
+    """Of all of these what the MLP takes."""
     reduce: Column
     """One of the two all-reduces over the tensor-parallel ranks."""
     ring: Column
@@ -166,11 +169,12 @@ class _Layer:
 def _layer(w: Workloads, c: TimeConstants) -> _Layer:
     head_dim, query, kv, hbm = w.head_dim, w.query_width, w.kv_width, _hbm(w)
     tokens = w.micro_batch * w.seq_len / w.cp
+    matmul_of_mlp = _matmul(w, c, tokens, w.ffn * (1 + w.gated) / w.tp, w.hidden)
+    matmul_of_mlp = matmul_of_mlp + _matmul(w, c, tokens, w.hidden, w.ffn / w.tp)
     matmul = (
         _matmul(w, c, tokens, (query + 2 * kv) / w.tp, w.hidden)
         + _matmul(w, c, tokens, w.hidden, query / w.tp)
-        + _matmul(w, c, tokens, w.ffn * (1 + w.gated) / w.tp, w.hidden)
-        + _matmul(w, c, tokens, w.hidden, w.ffn / w.tp)
+        + matmul_of_mlp
     )
     pairs = w.micro_batch * w.heads / w.tp * w.seq_len**2 / w.cp
     flops = 4 * pairs * head_dim
@@ -183,8 +187,10 @@ def _layer(w: Workloads, c: TimeConstants) -> _Layer:
     plain = crooked * flops / _rate(w, c) + pairs * _SCORE_BYTES * np.where(unfused, 2, 1) / hbm
 
     split = np.where(w.seq_parallel > 0, w.tp, 1)
-    widths = 11 * w.hidden / split + (2 * (query + 2 * kv) + w.ffn * (2 + w.gated)) / w.tp
-    elementwise = np.where(has_fused_kernels(w), 1, c.elementwise) * 2 * tokens * widths / hbm
+    activation = w.ffn * (2 + w.gated) / w.tp
+    widths = 11 * w.hidden / split + 2 * (query + 2 * kv) / w.tp + activation
+    a_width = np.where(has_fused_kernels(w), 1, c.elementwise) * 2 * tokens / hbm
+    elementwise = a_width * widths
 
     bandwidth, start = _link(w, c, w.tp, np.ones(len(w)))
     reduce = start + 2 * (w.tp - 1) / w.tp * 2 * tokens * w.hidden / bandwidth
@@ -198,6 +204,7 @@ def _layer(w: Workloads, c: TimeConstants) -> _Layer:
         matmul=matmul,
         attention=np.where(w.flash_attn > 0, flash, plain),
         elementwise=elementwise,
+        mlp=matmul_of_mlp + a_width * activation + reduce,
         reduce=reduce,
         ring=np.where(w.cp > 1, ring, 0),
         launch=c.launch_ms * 1e-3 * kernels,

@@ -89,7 +89,7 @@ class Workloads:
     micro_batch: Column
     global_batch: Column
     recompute: Names
-    """none, selective (the attention core), selective_block (every second layer), full."""
+    """none, selective (the attention core), mlp, selective_block (every second layer), full."""
     flash_attn: Column
     precision: Names
     """fp16, bf16 or fp8; of fp16 gradients are 16 bits wide, else float32."""

@@ -37,6 +37,20 @@ def test_the_first_choice_is_the_fastest_that_fits() -> None:
         break
 
 
+def test_selective_recompute_is_less_memory_and_more_time_and_full_the_more() -> None:
+    settings = ["training.micro_batch_size=1"]
+    modes = [
+        load_config(LLAMA_2B, [*settings, f"training.recompute={mode}"])
+        for mode in ("none", "selective", "full")
+    ]
+    plans = [make_plan(config, 128, "a100-80gb") for config in modes]
+    held = [plan.memory_gib[0]["activations"] for plan in plans]
+    # Of 41.5 H bytes a token those within the MLP are 8 x 2.6875 H (its ffn_hidden_size).
+    assert held[1] / held[0] == pytest.approx(1 - 8 * 5504 / 2048 / 41.5)
+    assert held[2] < held[1]
+    assert plans[0].step_time_s < plans[1].step_time_s < plans[2].step_time_s
+
+
 def test_every_allowed_division_is_tried() -> None:
     config = load_config(LLAMA_2B, ["model.num_layers=30"])
     tried = set()

@@ -29,6 +29,7 @@ def test_activations_are_those_of_korthikanti_et_al() -> None:
     assert layer_bytes(row(tp=t, dp=2))[0] == H * (10 + 24 / t + 5 * A * S / (H * t))
     assert layer_bytes(row(tp=t, dp=2, seq_parallel=1))[0] == H / t * (34 + 5 * A * S / H)
     assert kept_bytes(row(recompute="selective"))[0] == H * 34
+    assert kept_bytes(row(recompute="mlp", flash_attn=1))[0] == H * 18  # less 2 x 2 bytes x 4 H
     assert kept_bytes(row(recompute="full"))[0] == 2 * H
     assert kept_bytes(row(flash_attn=1))[0] == H * 34
 
@@ -78,7 +79,7 @@ def test_only_the_last_stage_has_logits_and_the_tables_lie_at_both_ends() -> Non
 
 @given(
     tp=st.sampled_from([1, 2, 4, 8]), pp=st.sampled_from([1, 2, 4]), b=st.integers(1, 8),
-    zero=st.integers(0, 3), sp=st.booleans(), recompute=st.sampled_from(["none", "full"]),
+    zero=st.integers(0, 3), sp=st.booleans(), recompute=st.sampled_from(["none", "mlp", "full"]),
 )  # fmt: skip
 def test_splitting_more_never_takes_more(
     tp: int, pp: int, b: int, zero: int, sp: bool, recompute: str

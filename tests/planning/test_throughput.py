@@ -51,6 +51,11 @@ def test_nothing_is_faster_than_the_data_sheet(
 def test_recompute_costs_a_forward_pass() -> None:
     ratio = seconds(recompute="full", micro_batch=8) / seconds(micro_batch=8)
     assert 1.2 < ratio < 1.4  # a third of forward and backward, less what is not of the layers
+    # Two thirds of the weights of a GPT layer are its MLP's, and less of its time.
+    none, mlp, full = (
+        seconds(recompute=mode, micro_batch=8, flash_attn=1) for mode in ("none", "mlp", "full")
+    )
+    assert 0.5 < (mlp - none) / (full - none) < 2 / 3
 
 
 def test_small_layers_wait_for_the_cpu_and_large_ones_do_not() -> None:
