@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from data_tools import commands
 from data_tools.errors import Failure, UserError
@@ -43,6 +43,15 @@ EXAMPLES = {
 }
 
 
+_RESUMED = ("tokenize", "download")  # the others begin anew
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, as every refusal, instead of all usage lines."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     given = build_parser().parse_args(arguments)
@@ -56,11 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `data-tools peek ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, MemoryError) as error:
-        print(f"data-tools {given.command}: {error or type(error).__name__}", file=sys.stderr)
+    except OSError as error:
+        # A full disk does not say itself which file it was that had no place.
+        place = error.filename or getattr(given, "output", None) or getattr(given, "prefix", None)
+        words = f"{error.strerror} ({place})" if place and error.strerror else str(error)
+        print(f"data-tools {given.command}: {words}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"data-tools {given.command}: not enough memory", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        kept = ": the same command goes on where it was" if given.command in _RESUMED else ""
+        print(f"interrupted{kept}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -73,9 +89,7 @@ def _terminate(number: int, frame: object) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="data-tools", description="From raw documents to Megatron's token files."
-    )
+    parser = _Parser(prog="data-tools", description="From raw documents to Megatron's token files.")
     made = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> Any:

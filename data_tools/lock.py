@@ -2,7 +2,8 @@
 
     with exclusive(Path("data/.lock"), "--output data"): ...
 
-The lock is a file made for it, gone when the block ends. Refuses what another command is writing,
+The lock is a file made for it, gone when the block ends (a killed process leaves it behind, which
+hinders nobody). Refuses what another command is writing,
 and a place that cannot be written, both before any work is done.
 """
 
@@ -42,13 +43,14 @@ def exclusive(path: Path, output: str) -> Iterator[None]:
                     f"({error.strerror}): see to it that no second command writes {output}",
                     file=sys.stderr,
                 )
-            # Who held it before may have removed the very file that is locked now.
+            # Who held it before may have removed the file that is locked now, and another made one.
             if not _is_still(path, stream.fileno()):
                 continue
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                if _is_still(path, stream.fileno()):
+                    path.unlink()
             return
 
 

@@ -1,7 +1,7 @@
 """One progress line: a bar on a terminal, a line an interval in a log.
 
 with Progress("tokenize", total_bytes) as progress:
-    progress.update(done_bytes, documents=..., tokens=..., text_bytes=...)
+    progress.update(done_bytes, text_bytes, documents=..., tokens=...)
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ INTERVAL_S = 10.0
 
 
 class Progress:
-    """Speaks on standard error; `text_bytes` is what MB/s is counted in (1 MB = 10^6 bytes)."""
+    """Speaks on standard error; `text_bytes` is what MB/s is counted in (1 MB = 10^6 bytes), `unit`
+    what `total` and `done` are."""
 
-    def __init__(self, name: str, total: int, quiet: bool = False) -> None:
+    def __init__(self, name: str, total: int, quiet: bool = False, unit: str = "B") -> None:
         self.name, self.total, self.quiet = name, total, quiet
         self.started = self.last = time.monotonic()
         self.first: tuple[int, int] | None = None
@@ -25,7 +26,7 @@ class Progress:
         if sys.stderr.isatty() and not quiet:
             # No monitor thread: worker processes are forked from a single-threaded process.
             tqdm.monitor_interval = 0
-            self.bar = tqdm(total=total or None, desc=name, unit="B", unit_scale=True, miniters=1)
+            self.bar = tqdm(total=total or None, desc=name, unit=unit, unit_scale=True, miniters=1)
 
     def __enter__(self) -> Progress:
         return self
@@ -34,7 +35,7 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def update(self, done: int, documents: int, tokens: int, text_bytes: int) -> None:
+    def update(self, done: int, text_bytes: int, **counts: int) -> None:
         """Say how far it is, if it is time to; all numbers count from the very beginning."""
         if self.quiet:
             return
@@ -42,7 +43,8 @@ class Progress:
             self.first = (done, text_bytes)  # a resumed run must not count what was there
         seconds = max(time.monotonic() - self.started, 1e-9)
         rate = (text_bytes - self.first[1]) / seconds
-        words = f"{documents:,} documents, {tokens:,} tokens, {rate / 1e6:.1f} MB/s"
+        counted = "".join(f"{count:,} {what}, " for what, count in counts.items())
+        words = f"{counted}{rate / 1e6:.1f} MB/s"
         if self.bar is not None:
             self.bar.n = done
             self.bar.set_postfix_str(words, refresh=False)

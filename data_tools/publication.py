@@ -15,7 +15,6 @@ import fcntl
 import glob
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 from data_tools import indexed
 from data_tools.errors import UserError
 from data_tools.files import checksum, read_json, write_json
+from data_tools.lock import exclusive
 from data_tools.pair import publish
 from data_tools.receipt import read_receipt, receipt_path, write_receipt
 
@@ -37,8 +37,8 @@ def finished(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> dict[str,
         publishing = prefix.with_name(f"{prefix.name}.work") / "publish.json"
         if indexed.paths(prefix)[0].exists() and not overwrite and not publishing.exists():
             raise UserError(
-                f"{prefix}.bin exists and no receipt says what it is: choose another --output, or "
-                "write --overwrite to replace it"
+                f"{prefix}.bin exists and no receipt says what it is: write --overwrite to replace "
+                "it, or choose another name"
             )
         if wanted["options"].get("shard_tokens") and not overwrite and not publishing.exists():
             _refuse_foreign_shards(prefix)
@@ -49,8 +49,7 @@ def finished(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> dict[str,
     if not overwrite:
         raise UserError(
             f"{prefix} exists and was made from other inputs, options or another tokenizer, or "
-            "is damaged: "
-            "choose another --output, or write --overwrite to replace it"
+            "is damaged: write --overwrite to replace it, or choose another name"
         )
     return None
 
@@ -105,33 +104,14 @@ def _same(receipt: dict[str, Any], wanted: dict[str, Any]) -> bool:
 def work_folder(prefix: Path, wanted: dict[str, Any], overwrite: bool) -> Iterator[Path]:
     """PREFIX.work/, locked, holding this plan's work and no other's."""
     folder = prefix.with_name(f"{prefix.name}.work")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"--output {prefix} cannot be written ({error.strerror}): choose another place"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another data-tools is writing {prefix}: wait for it, or choose another --output"
-            ) from error
-        except OSError as error:
-            print(
-                f"data-tools: the file system of {folder} cannot lock files ({error.strerror}): "
-                f"see to it that no second command writes {prefix}",
-                file=sys.stderr,
-            )
+    with exclusive(folder / "lock", str(prefix)):
         plan = folder / "plan.json"
         known = _read_plan(plan)
         unrepeatable = any(entry["path"] == "-" for entry in wanted["inputs"])
         if known is not None and known != wanted and not overwrite:
             raise UserError(
                 f"{folder} holds unfinished work on other inputs, options or another tokenizer: "
-                "choose another --output, or write --overwrite to discard it"
+                "write --overwrite to discard it, or choose another name"
             )
         if known != wanted or unrepeatable:
             for child in folder.iterdir():

@@ -264,9 +264,9 @@ class _Run:
         assembler = self.assembler
         self.progress.update(
             self._bytes_done(),
-            assembler.totals.sum("documents"),
-            assembler.totals.sum("tokens"),
             assembler.totals.sum("bytes"),
+            documents=assembler.totals.sum("documents"),
+            tokens=assembler.totals.sum("tokens"),
         )
 
     def _bytes_done(self) -> int:

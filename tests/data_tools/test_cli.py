@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -128,6 +130,27 @@ def test_a_wrong_request_is_one_sentence_and_exit_code_2(
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "x.jsonl"])
 
 
+@pytest.mark.parametrize(
+    "arguments", [[], ["tokenise"], ["tokenize", "x", "--workers", "two"], ["inspect", "--al", "x"]]
+)
+def test_a_misspelt_request_is_one_sentence_too(capsys, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.endswith("--help)\n")
+
+
+def test_a_full_disk_is_named(reference: Path, tmp_path: Path, capsys) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        assert main(["merge", str(reference / "out"), "--output", str(tmp_path / "out")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().err == f"data-tools merge: File too large ({tmp_path}/out)\n"
+
+
 def test_nothing_heavy_is_imported(model: str, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", ["some text"])
     script = (
@@ -156,25 +179,38 @@ def test_the_demo_commands(tmp_path: Path, capsys) -> None:
         assert done in capsys.readouterr().out
 
 
-def test_interrupted_by_a_signal_it_says_how_to_go_on(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "made", "message"),
+    [
+        (
+            ["tokenize", "-", "--tokenizer", "{model}", "--output", "out", "--quiet"],
+            "out.work/parts",
+            "interrupted: the same command goes on where it was\n",
+        ),
+        (["dedup", "-", "--report", "out"], ".out.lock", "interrupted\n"),
+    ],
+)
+def test_interrupted_by_a_signal_it_says_whether_it_goes_on(
+    model: str, tmp_path: Path, command: list[str], made: str, message: str
+) -> None:
     # Standard input that does not end: the signal finds the command at work on any machine.
-    command = [sys.executable, "-m", "data_tools", "tokenize", "-", "--tokenizer", model]
-    command += ["--output", str(tmp_path / "out"), "--workers", "1", "--quiet"]
+    words = [word.format(model=model) for word in command]
     with subprocess.Popen(
-        command,
-        cwd=ROOT,
+        [sys.executable, "-m", "data_tools", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # What a shell starts in the background ignores it, and so would we.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        while not (tmp_path / "out.work" / "parts").exists() and process.poll() is None:
+        while not (tmp_path / made).exists() and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
-        assert process.stderr.read() == "interrupted: the same command goes on where it was\n"
-    assert not (tmp_path / "out.bin").exists()
+        assert process.stderr.read() == message
+    assert not list(tmp_path.glob("out.bin")) and not (tmp_path / "out").exists()
 
 
 def test_ended_by_sigterm_is_exit_code_143(model: str, tmp_path: Path) -> None:

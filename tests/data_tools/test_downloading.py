@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 import threading
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from data_tools.cli import main
-from data_tools.downloading import download, read_manifest
+from data_tools.downloading import download
 from data_tools.errors import Failure, UserError
+from data_tools.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 FILES = {f"/v1/arxiv/{i}.jsonl": bytes([i]) * (100_000 + i) for i in range(6)}
@@ -284,6 +286,15 @@ def test_what_was_there_before_is_not_said_to_be_compared(url: str, tmp_path: Pa
     (tmp_path / "data" / "b.jsonl").unlink()
     assert main(command) == 0
     assert "without checksum: 1 fetched now and compared in length" in capsys.readouterr().out
+
+
+def test_progress_counts_files(
+    url: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.progress.INTERVAL_S", 0.0)
+    assert main(["download", write_manifest(tmp_path, url), "--output", str(tmp_path / "d")]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"download: 85\.7%, 6 files, [\d.]+ MB/s, 0:00:00 left", last)
 
 
 def test_an_output_that_is_a_file_is_refused(url: str, tmp_path: Path, capsys) -> None:

@@ -19,11 +19,11 @@ def test_share_rate_and_time_left(
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     with progress.Progress("tokenize", total=1000) as shown:
-        shown.update(done_before, 0, 0, 0)
+        shown.update(done_before, 0)
         now += 20
-        shown.update(done_before + 200, documents=3, tokens=5000, text_bytes=40_000_000)
+        shown.update(done_before + 200, 40_000_000, documents=3, tokens=5000)
         now += 1  # not yet time for a line
-        shown.update(done_before + 210, documents=4, tokens=6000, text_bytes=41_000_000)
+        shown.update(done_before + 210, 41_000_000, documents=4, tokens=6000)
     left = "0:01:20" if done_before == 0 else "0:00:20"
     share = (done_before + 200) / 10
     assert capsys.readouterr().err == (
