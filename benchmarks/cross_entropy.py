@@ -3,7 +3,8 @@
     python benchmarks/cross_entropy.py --tokens 4096 --vocab 32000 --hidden 2048 --device cpu
 
 Forward and backward of output projection and cross-entropy, hidden states and weight given. Memory
-is the peak above what was there before: of the process on a CPU, of the allocator on a GPU.
+is the peak above what was there before: of the process on a CPU, of the allocator on a GPU, where
+ours are compiled as in a run.
 """
 
 import argparse
@@ -18,7 +19,10 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import benchmarks  # noqa: F401  before Megatron-Core, as it says
 
-KINDS = {"pytorch": "PyTorch's cross_entropy", "whole": "Megatron-Core's", "chunked": "in chunks"}
+KINDS = {
+    "pytorch": "PyTorch's cross_entropy", "whole": "Megatron-Core's", "ours": "ours, whole",
+    "chunked": "in chunks",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -50,7 +54,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     from benchmarks.kernel_paths import one_process
-    from megatron_ext.model.cross_entropy import chunked_cross_entropy
+    from megatron_ext.model.cross_entropy import chunked_cross_entropy, cross_entropy
+    from megatron_ext.model.kernels import CHUNK_TOKENS, COMPILED_CHUNK_TOKENS
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     generator = torch.Generator().manual_seed(0)
@@ -68,10 +73,15 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         return vocab_parallel_cross_entropy(hidden @ weight.t(), labels.t())
 
     def chunked(hidden, weight):
-        compiled = options.device != "cpu"
-        return chunked_cross_entropy(hidden, weight, labels, compiled=compiled)
+        tokens = COMPILED_CHUNK_TOKENS if gpu else CHUNK_TOKENS
+        return chunked_cross_entropy(hidden, weight, labels, chunk_tokens=tokens, compiled=gpu)
 
-    function = {"pytorch": pytorch, "whole": whole, "chunked": chunked}[options.measure]
+    def ours(hidden, weight):
+        return cross_entropy(hidden @ weight.t(), labels, compiled=gpu)
+
+    gpu = options.device != "cpu"
+    functions = {"pytorch": pytorch, "whole": whole, "ours": ours, "chunked": chunked}
+    function = functions[options.measure]
     with one_process(torch.device(options.device)):
         return timed(options, function, hidden, weight)
 

@@ -176,8 +176,8 @@ def report(name: str, case: Case, measured: dict[str, Measured], toy: bool) -> d
         f"\n{name}: {case.parameters / 1e6:,.1f} million parameters, {case.micro_batches} "
         f"micro-batches of {case.micro_batch} x {case.length} tokens; matmul "
         f"{f'{rate / 1e12:.3g} TFLOP/s' if rate else 'not measured'}\n\n"
-        f"| who | tokens/s | of {first}'s | TFLOP/s | MFU | of the matmul rate | peak GB | loss |\n"
-        + "| --- " * 8 + "|"
+        f"| who | tokens/s | ratio to {first} "
+        "| TFLOP/s | MFU | of the matmul rate | peak GB | loss |\n" + "| --- " * 8 + "|"
     )  # fmt: skip
     rows = {}
     for who, mine in there.items():

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from benchmarks.kernel import SIXTEEN_BITS, Build, Kernel, Path, function
 from megatron_ext import cpu
-from megatron_ext.model.cross_entropy import chunked_cross_entropy
+from megatron_ext.model.cross_entropy import chunked_cross_entropy, cross_entropy
+from megatron_ext.model.kernels import CHUNK_TOKENS, COMPILED_CHUNK_TOKENS
 from megatron_ext.model.layers import RMSNorm, SdpaAttention
 from megatron_ext.rope.embedding import RotaryEmbedding, apply_rotary
 
@@ -210,17 +211,22 @@ def _loss_formula(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def _loss_in_chunks(compiled: bool) -> Build:
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        chunk = max(1, min(1024, labels.numel() // 3))
+        usual = COMPILED_CHUNK_TOKENS if compiled else CHUNK_TOKENS
+        chunk = min(usual, labels.numel() // 2 + 1)  # two at least, the last one smaller
         return chunked_cross_entropy(hidden, weight, labels, chunk_tokens=chunk, compiled=compiled)
 
     return function(run)
 
 
 def _whole_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(hidden @ weight.t(), labels, compiled=True)
+
+
+def _whole_loss_of_core(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return vocab_parallel_cross_entropy(hidden @ weight.t(), labels.t().contiguous()).t()
 
 
-def _whole_fused_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _whole_fused_loss_of_core(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
     return fused_vocab_parallel_cross_entropy(
         hidden @ weight.t(), labels.t().contiguous(), group
@@ -362,9 +368,14 @@ KERNELS: dict[str, Kernel] = {
         ),
         _loss_formula,
         (
-            Path("whole", function(_whole_loss)),
-            # Its backward pass casts to bfloat16, whatever came in.
-            Path("whole, fused", function(_whole_fused_loss), "compiler", (torch.bfloat16,)),
+            Path("whole, Megatron-Core's", function(_whole_loss_of_core)),
+            Path(  # no setting takes it: the backward pass casts to bfloat16, whatever came in
+                "whole, Megatron-Core's fused",
+                function(_whole_fused_loss_of_core),
+                "compiler",
+                (torch.bfloat16,),
+            ),
+            Path("whole, compiled", function(_whole_loss), "compiler"),
             Path("chunked", _loss_in_chunks(compiled=False)),
             Path("chunked, compiled", _loss_in_chunks(compiled=True), "compiler"),
         ),

@@ -96,7 +96,7 @@ def test_kernels_are_compared_with_float64_and_with_their_floor() -> None:
     shown = run("benchmarks/gpu_kernels.py", "--toy", "--rounds", 2)
     assert "WRONG" not in shown
     assert "| attention | flash | no GPU |" in shown
-    assert "| cross-entropy | whole, fused | - | " in shown
+    assert "| cross-entropy | whole, Megatron-Core's fused | - | " in shown
     for kernel in KERNELS:
         assert shown.count(f"| {kernel} | ") >= 2
 
