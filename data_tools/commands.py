@@ -102,9 +102,10 @@ def run_split(given: Namespace) -> None:
 
 def run_verify(given: Namespace) -> None:
     from data_tools.receipt import read_receipt
-    from data_tools.verification import verify
+    from data_tools.verification import find, verify
 
-    found = {prefix: verify(prefix) for prefix in given.prefixes}
+    prefixes = [str(find(prefix)) for prefix in given.prefixes]  # before hours of reading
+    found = {prefix: verify(prefix) for prefix in prefixes}
     lines = []
     for prefix, problems in found.items():
         if not problems:

@@ -23,11 +23,17 @@ from data_tools.pair import CHECKED_BYTES
 from data_tools.receipt import is_intact, read_receipt, receipt_path
 
 
+def find(prefix: str | os.PathLike[str]) -> Path:
+    """The prefix without a file's ending. Raises `UserError` when there is nothing to verify."""
+    found = indexed.prefix(prefix)
+    if not any(path.exists() for path in (*indexed.paths(found), receipt_path(found))):
+        raise UserError(f"{found}.idx does not exist: name the prefix of a .bin/.idx pair")
+    return found
+
+
 def verify(prefix: str | os.PathLike[str]) -> list[str]:
     """All problems of PREFIX (of every pair its receipt lists), one sentence each."""
-    prefix = indexed.prefix(prefix)
-    if not any(path.exists() for path in (*indexed.paths(prefix), receipt_path(prefix))):
-        raise UserError(f"{prefix}.idx does not exist: name the prefix of a .bin/.idx pair")
+    prefix = find(prefix)
     try:
         receipt = read_receipt(prefix)
     except UserError as error:
@@ -147,8 +153,7 @@ def _verify_tokens(
                 if xxhash.xxh3_64_hexdigest(block) != known[number]:
                     problems.append(
                         f"{bin_path}: bytes {start:,} to {start + len(block):,} differ from "
-                        "their checksum "
-                        f"({_documents(index, start, start + len(block))})"
+                        f"their checksum ({_documents(index, start, start + len(block))})"
                     )
             ids = np.frombuffer(block[: len(block) // item * item], dtype=index.dtype)
             if vocab_size and len(ids) and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
