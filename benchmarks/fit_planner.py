@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from data_tools.files import write_file
 from megatron_ext.planning import memory as planner_memory
 from megatron_ext.planning.memory import MemoryConstants, peak_memory
 from megatron_ext.planning.prediction import Constants, predict
@@ -273,12 +274,7 @@ def write(path: Path, using: Constants, table_file: Path) -> None:
         "source_time": rounded(using.source_time),
         "source_memory": rounded(using.source_memory),
     }
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps(stored, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_file(path, json.dumps(stored, indent=2) + "\n")
 
 
 def main() -> int:

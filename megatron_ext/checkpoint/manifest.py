@@ -156,7 +156,9 @@ def sync(path: Path) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON whole or not at all; NaN stays NaN, as Python reads it."""
+    """Write JSON whole or not at all; NaN stays NaN, as Python reads it. Raises FileNotFoundError
+    where its folder is gone: a run that was moved away does not come back."""
+    file.parent.stat()
     write_file(file, json.dumps(content, indent=1) + "\n")
 
 

@@ -16,9 +16,9 @@ from typing import Annotated
 
 import typer
 
+from data_tools.files import write_file
 from megatron_ext.config import load_config
 from megatron_ext.errors import UserError
-from megatron_ext.planning.files import write_text
 from megatron_ext.planning.layout import Choice, parallel_section, reason, search
 from megatron_ext.planning.plan import make_plan
 from megatron_ext.planning.prediction import predict
@@ -82,7 +82,7 @@ def plan(
     if write is not None:
         if not look:
             raise UserError(f"--write {write} needs --search, which finds what to write: add it")
-        write_text(write, parallel_section(choices[0], number))
+        write_file(write, parallel_section(choices[0], number))
         print(f"wrote {write}", file=sys.stderr)
     if plot is not None:
         from megatron_ext.planning.figures import write_figures

@@ -11,14 +11,13 @@ from __future__ import annotations
 import csv
 import html
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.files import atomic_write, write_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
-from megatron_ext.planning.files import write_text
 from megatron_ext.planning.layout import on_gpus, workload
 from megatron_ext.planning.plan import Plan, flops_per_token, plan_of
 from megatron_ext.planning.prediction import predict
@@ -63,7 +62,7 @@ def write_figures(
             written.append(folder / f"{name}.png")
             _write_png(written[-1], lambda axes, n=name, r=rows: draw[n](axes, r, plan))  # type: ignore[misc]
         written.append(folder / "index.html")
-        write_text(written[-1], _page(plan, list(tables)))
+        write_file(written[-1], _page(plan, list(tables)))
     except OSError as error:
         raise UserError(f"--plot {folder} cannot be written ({error.strerror})") from None
     return written
@@ -151,7 +150,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
     table = csv.writer(text, lineterminator="\n")
     table.writerow(header)
     table.writerows(rows)
-    write_text(path, text.getvalue())
+    write_file(path, text.getvalue())
 
 
 def _write_png(path: Path, draw: Any) -> None:
@@ -159,12 +158,8 @@ def _write_png(path: Path, draw: Any) -> None:
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=130)
     draw(figure.subplots())
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        figure.savefig(file, format="png")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with atomic_write(path) as stream:
+        figure.savefig(stream, format="png")
 
 
 def _page(plan: Plan, names: Sequence[str]) -> str:

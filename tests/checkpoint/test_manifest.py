@@ -124,3 +124,9 @@ def test_json_that_many_processes_write_at_once_can_always_be_read(tmp_path: Pat
         assert set(json.loads(file.read_text())) == {"x"}
     assert [writer.returncode for writer in writers] == [0] * 4
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_folder_of_a_run_that_was_moved_away_does_not_come_back(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        manifest.write_json(tmp_path / "gone/status.json", {})
+    assert not (tmp_path / "gone").exists()
