@@ -73,9 +73,7 @@ class Measured:
 def main() -> None:
     options = parse()
     started = time.monotonic()
-    cases = TOY if options.toy else CASES
-    if options.case:
-        cases = {name: cases[name] for name in options.case}
+    cases = TOY if options.toy else {name: CASES[name] for name in options.case or CASES}
     print(machine(options.toy), flush=True)
     found: dict[str, Any] = {}
     for name, case in cases.items():

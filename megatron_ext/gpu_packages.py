@@ -25,10 +25,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> importlib.machinery.ModuleSpec | None:
         if name not in NAMES or _gpu():
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None:
-            spec.loader = self
-        return spec
+        for finder in sys.meta_path:  # an editable installation has one of its own
+            if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:
+                spec.loader = self
+                return spec
+        return None
 
     def exec_module(self, module: ModuleType) -> None:
         raise ModuleNotFoundError(

@@ -53,6 +53,29 @@ def test_benchmarks_hide_them_before_they_import_anything_else() -> None:
     assert "apex is for GPUs, and there is none" in done.stderr, done.stderr
 
 
+def test_an_editable_installation_is_hidden_too(tmp_path: Path) -> None:
+    """Its finder stands in sys.meta_path, and the folder in no sys.path."""
+    code = f"""
+import importlib.util, sys, megatron_ext
+
+class Editable:
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformer_engine":
+            return importlib.util.spec_from_file_location(name, {str(tmp_path / "te.py")!r})
+
+sys.meta_path.append(Editable())
+assert importlib.util.find_spec("transformer_engine")
+try:
+    import transformer_engine
+except ModuleNotFoundError:
+    sys.exit(0)
+sys.exit("imported")
+"""
+    (tmp_path / "te.py").touch()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_and_its_check_do_without(config_file: Path) -> None:
     pretrain(config_file, "training.steps=2", "--check", "--world-size", "1")
     assert "loss" in pretrain(config_file, "training.steps=2")

@@ -306,6 +306,8 @@ def _choose(part: str, wanted: str, config: Config, found: Found) -> Choice:
 
 def _way_out(reason: str) -> str:
     """How to get what the reason says is missing."""
+    if "fp32" in reason:
+        return "set precision.dtype=bf16"
     package = reason.split(" is ")[0]
     return PACKAGES.get(package, "run where it can be had")
 

@@ -66,6 +66,14 @@ def test_fp32_is_left_to_pytorch() -> None:
     assert "backend torch (Transformer Engine multiplies fp32 in TF32)" in str(chosen)
 
 
+@pytest.mark.parametrize("part", ["backend", "attention"])
+def test_of_fp32_on_transformer_engine_the_way_out_is_another_precision(part: str) -> None:
+    with pytest.raises(UserError, match=r": set precision\.dtype=bf16, or set kernels"):
+        choose(
+            config("precision.dtype=fp32", f"kernels.{part}=transformer_engine"), machine(HOPPER)
+        )
+
+
 def test_the_line_of_the_log_says_why() -> None:
     line = str(choose(config(), machine(AMPERE, ["transformer_engine", "triton"])))
     assert line.startswith(
