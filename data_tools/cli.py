@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from data_tools import commands
 from data_tools.errors import Failure, UserError
 from data_tools.lines import MAX_LINE_BYTES
+from data_tools.options import available_cores
 
 EXAMPLES = {
     "tokenize": """examples:
@@ -162,18 +163,11 @@ def _add_output(add: Any) -> None:
     add("--overwrite", action="store_true", help="replace an output made from something else")
 
 
-def _cores() -> int:
-    """Those that this process may use, as Slurm allots them."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _add_tokenize(add: Any) -> None:
     _add_inputs(add)
     _add_output(add)
     add("--tokenizer", required=True, help="sentencepiece .model, tokenizer.json, or their folder")
-    add("--workers", type=int, default=_cores(), help="processes (%(default)s)")
+    add("--workers", type=int, default=available_cores(), help="processes (%(default)s)")
     switch = argparse.BooleanOptionalAction
     add("--append-eod", action=switch, default=True, help="end every document with EOD (yes)")
     add("--prepend-bos", action=switch, default=False, help="begin every document with BOS (no)")

@@ -7,6 +7,7 @@ Libraries are imported by the command that needs them, so that every command sta
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import unicodedata
@@ -239,12 +240,14 @@ def _written(receipt: dict[str, Any], beside: str) -> str:
 
 
 def _show(given: Namespace, result: Any, text: str) -> None:
+    # What the terminal's encoding lacks is spelled out.
+    encoding = sys.stdout.encoding or "utf-8"
     if given.json:
         import orjson
 
         text = orjson.dumps(result, option=orjson.OPT_INDENT_2).decode()
-    # What the terminal's encoding lacks is shown by its number.
-    encoding = sys.stdout.encoding or "utf-8"
+        if text.encode(encoding, "replace").decode(encoding) != text:
+            text = json.dumps(orjson.loads(text), indent=2)
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 

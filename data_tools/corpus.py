@@ -118,9 +118,9 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 
 
 def _files_below(folder: str) -> Iterator[str]:
-    """Files of documents in a folder and those below it, links followed. Hidden files are left
-    out, what these tools write beside their outputs, and what RedPajama v2 has beside its
-    documents."""
+    """Files of documents in a folder and those below it, links followed; the same names on every
+    machine. Left out are hidden files and folders, what these tools write beside their outputs,
+    and what RedPajama v2 has beside its documents."""
 
     def refuse(error: OSError) -> NoReturn:
         raise UserError(
@@ -136,7 +136,12 @@ def _files_below(folder: str) -> Iterator[str]:
             continue
         walked.add(real)
         beside = _BESIDE_DOCUMENTS if "documents" in folders else ()
-        folders[:] = [f for f in folders if not f.endswith(".work") and f not in beside]
+        meant = [f for f in folders if not f.startswith(".") and not f.endswith(".work")]
+        # A folder before the links to it, which are then passed over.
+        folders[:] = sorted(
+            {*meant} - {*beside, "lost+found"},
+            key=lambda name: (os.path.islink(os.path.join(place, name)), name),
+        )
         for name in files:
             path = os.path.join(place, name)
             if name.startswith(".") or name.endswith((".receipt.json", ".rejected.jsonl")):

@@ -28,8 +28,8 @@ import orjson
 import xxhash
 
 from data_tools.corpus import Source, find_sources
-from data_tools.documents import DEFAULT_TEXT_KEYS
-from data_tools.errors import Failure, UserError
+from data_tools.documents import DEFAULT_TEXT_KEYS, TOO_LONG
+from data_tools.errors import UserError
 from data_tools.files import atomic_write
 from data_tools.lines import MAX_LINE_BYTES, read_lines
 from data_tools.lock import exclusive
@@ -69,13 +69,14 @@ def deduplicate(
             "Parquet, or leave --output out"
         )
     targets = _targets(sources, Path(output)) if output is not None else []
-    _refuse_replacing(sources, report, targets, overwrite)
+    _refuse_replacing(sources, report, targets, overwrite)  # before folders are made for the locks
     with contextlib.ExitStack() as locks:
         locks.enter_context(
             exclusive(report.with_name(f".{report.name}.lock"), f"--report {report}")
         )
         if output is not None:
             locks.enter_context(exclusive(Path(output) / ".dedup.lock", f"--output {output}"))
+        _refuse_replacing(sources, report, targets, overwrite)  # what another has just written
         return _deduplicate(sources, report, targets, threshold if near else None, text_keys)
 
 
@@ -105,6 +106,11 @@ def _deduplicate(
             high.append(digest >> 64)
             if index is not None and (match := index.add(k, words)) is not None:
                 near_of[k] = match
+        if targets and rejected[TOO_LONG]:
+            raise UserError(
+                f"{source.path} has a line of more than {MAX_LINE_BYTES:,} bytes, too many to "
+                "copy: leave --output out, or name files without such lines"
+            )
     duplicate_of, kinds = _exact(low, high)
     for k, (first, _) in near_of.items():
         if k not in duplicate_of:
@@ -220,9 +226,5 @@ def _filter(source: Source, number: int, doomed: set[int], target: Path) -> None
     """Copy a source without the doomed lines; bad ones stay, for `tokenize` to report."""
     with atomic_write(target) as stream:
         for line in read_lines(source):
-            if line.size > MAX_LINE_BYTES:
-                raise Failure(
-                    f"{source.path}:{line.number} has {line.size:,} bytes, too many to copy"
-                )
             if number << 40 | line.number not in doomed:
                 stream.write(line.data + b"\n")

@@ -50,8 +50,11 @@ def download(
     folder = Path(output)
     failures: list[str] = []
     fetched = size = received = unseen = 0
+    # What is whole is of use in a folder that nobody may write, too.
+    whole = all((folder / item.path).is_file() for item in items)
+    lock = None if whole else exclusive(folder / ".download.lock", f"--output {output}")
     with (
-        exclusive(folder / ".download.lock", f"--output {output}"),
+        lock or contextlib.nullcontext(),
         Progress("download", len(items), quiet, unit=" files") as progress,
         _fetching(items, folder, connections, attempts) as results,
     ):

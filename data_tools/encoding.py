@@ -52,8 +52,7 @@ def make_encoder(tokenizer: Tokenizer, fast: bool = True) -> Encoder:
         return LibraryEncoder(
             tokenizer,
             "numba is not installed, so ids come from the tokenizer's own library, some 20 times "
-            "slower: "
-            "pip install 'megatron-ext[data]'",
+            "slower: pip install 'megatron-ext[data]'",
         )
     encoder = KernelEncoder(Kernel(tables), tables.prefix)
     texts = probe_texts()
@@ -136,8 +135,7 @@ def audit(
         if not np.array_equal(found, tokenizer.encode(text.decode())):
             raise Failure(
                 f"the fast path and {tokenizer.path} give different ids for the document that "
-                "begins "
-                f"{text[:40]!r}: run again with --no-fast and report it"
+                f"begins {text[:40]!r}: run again with --no-fast and report it"
             )
 
 

@@ -70,8 +70,16 @@ def prefix(given: str | os.PathLike[str], flag: str = "") -> Path:
     """
     text = _bare(given)
     path = Path(text)
-    empty = not path.name or path.name == ".." or text.endswith(os.sep)
-    if empty or (path.is_dir() and not Path(f"{text}.idx").exists()):
+    if (
+        text
+        and path.is_dir()
+        and not any(Path(text + end).exists() for end in (".idx", ".receipt.json"))
+    ):
+        raise UserError(
+            f"{flag}{os.fspath(given)} is a folder: write the beginning of the files' names, such "
+            f"as {path / 'all'}"
+        )
+    if not path.name or path.name == ".." or text.endswith(os.sep):
         raise UserError(
             f"{flag}{os.fspath(given) or repr('')} names no token files: write the beginning of "
             "their names, such as tokens/all for tokens/all.bin and tokens/all.idx"

@@ -3,8 +3,8 @@
     with exclusive(Path("data/.lock"), "--output data"): ...
 
 The lock is a file made for it, gone when the block ends (a killed process leaves it behind, which
-hinders nobody). Refuses what another command is writing,
-and a place that cannot be written, both before any work is done.
+hinders nobody). Refuses what another command is writing, and a place that cannot be written, both
+before any work is done.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ and resumption compare. Refuses values that make no sense, in the words of the c
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,13 @@ from typing import Any
 from data_tools.documents import DEFAULT_TEXT_KEYS
 from data_tools.errors import UserError
 from data_tools.lines import MAX_LINE_BYTES
+
+
+def available_cores() -> int:
+    """Those that this process may use, as Slurm allots them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

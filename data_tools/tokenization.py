@@ -108,8 +108,7 @@ def _refuse_missing_tokens(tokenizer: Tokenizer, options: Options) -> None:
             control = ", ".join(list(tokenizer.control_tokens())[:8]) or "none"
             raise UserError(
                 f"{flag} needs a token that {tokenizer.path} does not name: write {other} with "
-                "one of its "
-                f"control tokens ({control}), or --no{flag[1:]}"
+                f"one of its control tokens ({control}), or --no{flag[1:]}"
             )
 
 
@@ -199,8 +198,7 @@ class _Run:
         except BrokenProcessPool as error:
             raise Failure(
                 "a worker process died (out of memory?); what is finished is kept: run the same "
-                "command "
-                "again, with fewer --workers if memory was short"
+                "command again, with fewer --workers if memory was short"
             ) from error
         if self.assembler.next[0] != len(self.shares):
             raise Failure(f"parts are missing in {self.setup.folder}: run the same command again")

@@ -25,9 +25,9 @@ import xxhash
 from data_tools.corpus import Source, find_sources, slice_of_path
 from data_tools.documents import DEFAULT_TEXT_KEYS
 from data_tools.errors import UserError
-from data_tools.files import atomic_write, checksum, read_json, write_json
+from data_tools.files import checksum, read_json, write_file, write_json
 from data_tools.lock import exclusive
-from data_tools.options import check_count, check_seed
+from data_tools.options import available_cores, check_count, check_seed
 from data_tools.reading import read_documents
 from data_tools.receipt import command_line, receipt_path, versions
 
@@ -78,15 +78,15 @@ def train_tokenizer(
         "inputs": [{"path": s.path, "size": s.size, "mtime_ns": s.mtime_ns} for s in sources],
         "options": {**asdict(options), "text_keys": list(text_keys), "slice_shares": dict(shares)},
     }
+    # A finished one is of use in a folder that nobody may write, too.
+    if (known := _finished(model_path, wanted, overwrite)) is not None:
+        return {**known, "reused": True}
     with exclusive(model_path.with_name(f".{model_path.name}.lock"), f"--output {output}"):
         if (known := _finished(model_path, wanted, overwrite)) is not None:
             return {**known, "reused": True}
         rejected: Counter[str] = Counter()
         texts, slices = sample(sources, options, rejected)
         model = _train(texts, options)
-        receipt_path(model_path).unlink(missing_ok=True)  # of what is being replaced
-        with atomic_write(model_path) as stream:
-            stream.write(model)
         receipt = {
             "format": 1,
             "kind": "tokenizer",
@@ -96,13 +96,15 @@ def train_tokenizer(
             "model": {
                 "path": str(model_path),
                 "hash": f"sha256:{hashlib.sha256(model).hexdigest()}",
-                "checksum": checksum(model_path),
+                "checksum": f"xxh128:{xxhash.xxh3_128_hexdigest(model)}",
                 "vocab_size": vocab_size,
             },
             "versions": versions(),
             "command": command_line(),
         }
+        # The receipt first: a model without one would be a stranger's, and not replaced.
         write_json(receipt_path(model_path), receipt)
+        write_file(model_path, model)
     return {**receipt, "reused": False}
 
 
@@ -233,7 +235,7 @@ def _train(texts: Sequence[bytes], options: TrainingOptions) -> bytes:
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=os.cpu_count() or 1,
+            num_threads=available_cores(),
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -103,7 +105,7 @@ def test_asked_for_what_is_there_is_replaced_but_never_an_input(
         deduplicate([str(folder)], folder / "b.jsonl.gz", overwrite=True)
 
 
-def test_a_second_dedup_on_the_same_files_waits_for_its_turn(folder: Path, tmp_path: Path) -> None:
+def test_a_second_dedup_on_the_same_files_is_refused(folder: Path, tmp_path: Path) -> None:
     with (
         exclusive(tmp_path / ".r.lock", "--report r"),
         pytest.raises(UserError, match="another data-tools is writing"),
@@ -111,6 +113,31 @@ def test_a_second_dedup_on_the_same_files_waits_for_its_turn(folder: Path, tmp_p
         deduplicate([str(folder)], tmp_path / "r")
     deduplicate([str(folder)], tmp_path / "r")
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["r"]
+
+
+def test_what_another_dedup_wrote_meanwhile_is_not_replaced(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def after_another(path: Path, output: str) -> Iterator[None]:
+        (tmp_path / "r").write_text("its report")
+        yield
+
+    monkeypatch.setattr("data_tools.deduplication.exclusive", after_another)
+    with pytest.raises(UserError, match="exists"):
+        deduplicate([str(folder)], tmp_path / "r")
+    assert (tmp_path / "r").read_text() == "its report"
+
+
+def test_a_line_too_long_to_copy_is_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("deduplication", "reading", "lines"):
+        monkeypatch.setattr(f"data_tools.{module}.MAX_LINE_BYTES", 200, raising=False)
+    write_jsonl(folder / "z.jsonl", ["x" * 300])
+    with pytest.raises(UserError, match=r"too many to copy: leave --output out"):
+        deduplicate([str(folder)], tmp_path / "r", output=tmp_path / "clean")
+    assert not (tmp_path / "r").exists() and not list((tmp_path / "clean").rglob("*.jsonl"))
 
 
 def test_lines_without_a_document_are_counted(folder: Path, tmp_path: Path, capsys) -> None:

@@ -241,6 +241,14 @@ def test_a_second_download_into_one_folder_is_refused(url: str, tmp_path: Path) 
     assert content(tmp_path / "data") == FILES
 
 
+def test_what_is_whole_needs_no_lock(url: str, tmp_path: Path, monkeypatch) -> None:
+    """In a folder that nobody may write there can be none."""
+    manifest = write_manifest(tmp_path, url)
+    download(manifest, tmp_path / "data")
+    monkeypatch.delattr("data_tools.downloading.exclusive")
+    assert download(manifest, tmp_path / "data")["fetched"] == 0
+
+
 def test_a_signal_stops_it_at_once_and_the_same_command_goes_on(url: str, tmp_path: Path) -> None:
     path = "/v1/book/b.jsonl"
     Server.faults = {path: ["stall"]}

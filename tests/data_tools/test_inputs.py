@@ -31,10 +31,30 @@ def test_links_to_files_and_folders_are_followed_once(tmp_path: Path) -> None:
     assert names(folder) == ["b.jsonl", "linked/deep/a.jsonl"]
 
 
+def test_names_do_not_depend_on_the_order_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    write_jsonl(tmp_path / "real/a.jsonl", ["a"])
+    for link in ("alink", "zlink"):
+        (tmp_path / link).symlink_to(tmp_path / "real")
+    walk = os.walk
+
+    def other_way_round(*arguments, **settings):
+        for place, folders, files in walk(*arguments, **settings):
+            folders.reverse()
+            yield place, folders, files[::-1]
+
+    assert names(tmp_path) == ["real/a.jsonl"]
+    monkeypatch.setattr(os, "walk", other_way_round)
+    assert names(tmp_path) == ["real/a.jsonl"]
+
+
 def test_what_lies_beside_documents_is_left_out(tmp_path: Path) -> None:
     for name in ("documents/a.json.gz", "quality_signals/a.signals.json.gz",
                  "duplicates/a.json.gz", "minhash/a.json.gz", "out.work/parts/b.jsonl",
-                 ".hidden.jsonl", "out.receipt.json", "out.rejected.jsonl"):  # fmt: skip
+                 ".hidden.jsonl", ".cache/a.jsonl", "lost+found/a.jsonl",
+                 "out.receipt.json", "out.rejected.jsonl"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_compressed(tmp_path / name, b'{"raw_content": "a"}\n')
     assert names(tmp_path) == ["documents/a.json.gz"]

@@ -105,6 +105,21 @@ def test_a_model_is_replaced_only_where_asked(corpora: list[str], trained: Path,
         assert "no receipt says" in capsys.readouterr().err
 
 
+def test_killed_in_its_last_steps_the_same_command_goes_on(
+    corpora: list[str], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = [*corpora, str(trained / "bad.jsonl")], tmp_path / "t", 400
+    for step in ("write_json", "write_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"data_tools.tokenizer_training.{step}", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                train_tokenizer(*request)
+    assert not train_tokenizer(*request)["reused"]
+    # In a folder that nobody may write there can be no lock, and what is finished needs none.
+    monkeypatch.delattr("data_tools.tokenizer_training.exclusive")
+    assert train_tokenizer(*request)["reused"]
+
+
 def test_its_receipt_is_not_that_of_token_files_of_its_name(trained: Path) -> None:
     source, prefix = str(trained / "bad.jsonl"), trained / "t"
     tokenize([source], str(trained / "t.model"), prefix, max_rejected="2")
