@@ -47,10 +47,10 @@ def main() -> None:
 def start_up(folder: Path, options: argparse.Namespace) -> None:
     (folder / "empty.jsonl").write_text("")
     tokenizing = ["tokenize", folder / "empty.jsonl", "--tokenizer", options.tokenizer,
-                  "--output", folder / "empty", "--quiet"]  # fmt: skip
+                  "--output", folder / "nothing", "--quiet"]  # fmt: skip
     rounds = []
     for _ in range(options.rounds):
-        remove(folder / "empty")
+        remove(folder / "nothing")
         rounds.append((timed(["--help"]), timed(tokenizing)))
     print(f"start-up: help {median(r[0] for r in rounds):.2f} s, "
           f"an empty file {median(r[1] for r in rounds):.2f} s")  # fmt: skip
