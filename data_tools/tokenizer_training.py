@@ -9,6 +9,7 @@ other file of its name is replaced only with `overwrite`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import io
@@ -136,14 +137,13 @@ def _finished(model: Path, wanted: dict[str, Any], overwrite: bool) -> dict[str,
     """
     if not os.path.lexists(model):
         return None
-    try:
+    # A receipt that is missing or broken does not say what the model was made from.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = read_json(receipt_path(model))
         repeatable = all(entry["path"] != "-" for entry in wanted["inputs"])
         same = known["wanted"] == wanted and known["model"]["checksum"] == checksum(model)
         if same and repeatable:
             return known
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # it does not say what the model was made from
     if not overwrite:
         raise UserError(
             f"{model} exists and was made from other inputs or options, or no receipt says from "

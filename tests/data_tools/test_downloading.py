@@ -186,16 +186,23 @@ def test_letters_beyond_ascii_in_a_url_are_encoded(
     assert (tmp_path / "data" / "\u00e4.jsonl").read_bytes() == b"x"
 
 
+def cut_short(path: str, url: str, tmp_path: Path) -> str:
+    """The manifest of one file, of which half has arrived in `data`."""
+    manifest = tmp_path / "urls.txt"
+    manifest.write_text(f"{url}{path}\n")
+    Server.faults = {path: ["cut"]}
+    with pytest.raises(Failure, match="2,000 of 4,000 bytes"):
+        download(str(manifest), tmp_path / "data", attempts=1)
+    return str(manifest)
+
+
 def test_a_file_that_changed_in_between_is_fetched_from_its_beginning(
     url: str, tmp_path: Path
 ) -> None:
     path = "/v1/book/b.jsonl"
-    (tmp_path / "urls.txt").write_text(f"{url}{path}\n")
-    Server.faults = {path: ["cut"]}
-    with pytest.raises(Failure, match="2,000 of 4,000 bytes"):
-        download(str(tmp_path / "urls.txt"), tmp_path / "data", attempts=1)
+    manifest = cut_short(path, url, tmp_path)
     Server.versions = {path: b"other" * 1000}
-    download(str(tmp_path / "urls.txt"), tmp_path / "data")
+    download(manifest, tmp_path / "data")
     assert content(tmp_path / "data") == {"/v1/b.jsonl": b"other" * 1000}
     assert Server.seen == [(path, None), (path, "bytes=2000-")]
 
@@ -204,14 +211,11 @@ def test_what_grew_beyond_the_length_that_the_server_tells_is_fetched_again(
     url: str, tmp_path: Path
 ) -> None:
     path = "/v1/book/b.jsonl"
-    (tmp_path / "urls.txt").write_text(f"{url}{path}\n")
-    Server.faults = {path: ["cut"]}
-    with pytest.raises(Failure):
-        download(str(tmp_path / "urls.txt"), tmp_path / "data", attempts=1)
+    manifest = cut_short(path, url, tmp_path)
     (partial,) = (tmp_path / "data").glob(".*.part")
     with open(partial, "ab") as stream:
         stream.write(bytes(4000))  # another program's doing
-    download(str(tmp_path / "urls.txt"), tmp_path / "data")
+    download(manifest, tmp_path / "data")
     assert content(tmp_path / "data") == {"/v1/b.jsonl": FILES[path]}
 
 
