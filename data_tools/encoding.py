@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from data_tools.errors import Failure
+from data_tools.signals import held_back
 from data_tools.tables import PREFIX_ALWAYS, PREFIX_NEVER, Unsuitable, load_tables
 from data_tools.tokenizer import Tokenizer
 
@@ -38,6 +39,7 @@ class Encoder(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
+@held_back()
 def make_encoder(tokenizer: Tokenizer, fast: bool = True) -> Encoder:
     """The fastest encoder that is exact for this tokenizer."""
     if not fast:

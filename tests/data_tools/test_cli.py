@@ -222,3 +222,34 @@ def test_ended_by_sigterm_is_exit_code_143(model: str, tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(30) == 143
     assert not (tmp_path / "out.bin").exists()
+
+
+def test_a_signal_while_the_kernel_is_loaded_is_not_lost(model: str, tmp_path: Path) -> None:
+    # LLVM calls back into Python there, where ctypes prints an exception and goes on: without care
+    # to a standard input that never ends.
+    program = """
+import ctypes, os, signal, sys
+from data_tools import encoding
+from data_tools.cli import main
+
+@ctypes.CFUNCTYPE(None)
+def called_back():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def probe_texts(whole=encoding.probe_texts):
+    called_back()
+    return whole()
+
+encoding.probe_texts = probe_texts
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", program, "tokenize", "-", "--tokenizer", model]
+    command += ["--output", str(tmp_path / "out")]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.wait(60) == 143  # the kernel may have to be compiled first
+        finally:
+            process.kill()
+        assert process.stderr.read() == ""
