@@ -6,7 +6,8 @@
 
 A unit is the text between two exact cuts (see tables), mostly one word with its space.
 Units of up to 32 bytes are looked up in a direct-mapped cache whose line holds the key and the
-ids (one 64-byte line of the processor's cache); others, and misses, are merged pair by pair.
+ids (one 64-byte line of the processor's cache); others, and misses, are merged pair by pair, text
+without cuts a window at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ PAD = 32  # readable bytes after the text: keys are loaded eight bytes at a time
 KEY_BYTES = 32
 # A cache line, 64 bytes: 4 words of key, 1 of sizes, 3 of ids (12 of 16 bits or 6 of 32).
 SHORT = 48  # characters; longer units keep their pairs in a heap
+WINDOW = 1 << 16  # bytes of a unit that are merged at once: 40 bytes of memory each
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 # Numba reads the setting when a function is decorated; it is put back at the end of this module.
@@ -239,36 +241,88 @@ def _merge_long(symbols, widths, count, keys, values, shift):
 
 
 @numba.njit(nogil=True, cache=True)
-def _encode_unit(text, start, end, tables, out, at, symbols, widths, ranks):
-    """Write the ids of text[start:end] to out[at:]; returns the next free place."""
-    characters, keys, values, shift, vocab_size, byte_ids = tables
-    if end - start > len(symbols):
-        symbols = np.empty(end - start, dtype=np.int32)
-        widths = np.empty(end - start, dtype=np.int32)
+def _merge(text, start, end, tables, symbols, widths, ranks):
+    """The symbols of text[start:end] after all merges and their widths in bytes; returns how many.
+
+    `symbols` and `widths` have end - start places, or more.
+    """
+    characters, keys, values, shift = tables[:4]
     count = _symbols_of(text, start, end, characters, symbols, widths)
     if count <= SHORT:
-        count = _merge_short(symbols, widths, count, keys, values, shift, ranks)
-    else:
-        count = _merge_long(symbols, widths, count, keys, values, shift)
-    position = start
+        return _merge_short(symbols, widths, count, keys, values, shift, ranks)
+    return _merge_long(symbols, widths, count, keys, values, shift)
+
+
+@numba.njit(nogil=True, cache=True)
+def _write(text, start, tables, symbols, widths, count, out, at):
+    """Ids of the first `count` symbols to out[at:]; returns the ends in text and in out."""
+    vocab_size, byte_ids = tables[4:]
     for i in range(count):
-        symbol = symbols[i]
+        symbol, end = symbols[i], start + widths[i]
         if 0 <= symbol < vocab_size:
             out[at] = symbol
             at += 1
         else:  # a character that is no piece: byte fallback
-            for k in range(position, position + widths[i]):
+            for k in range(start, end):
                 out[at] = byte_ids[text[k]]
                 at += 1
-        position += widths[i]
-    return at
+        start = end
+    return start, at
 
 
 @numba.njit(nogil=True, cache=True)
-def _encode(text, ends, cuts, singles, tables, cache, packed, before, after, out, lengths):
+def _encode_windows(text, start, end, window, tables, out, at, symbols, widths, ranks):
+    """As `_encode_unit`, with memory for `window` bytes only; -1 where that is not enough.
+
+    Merges go by rank, then by place. Two symbols that stay apart when their text is merged alone
+    stay apart in any text, unless something is merged over their outer ends; so where all
+    neighbours do, no merge over a border can be the first. A window is merged, and its last eighth,
+    which may depend on what follows, is dropped: the next window begins there. The ids are exact
+    when the two symbols at each such border stay apart.
+    """
+    pair_symbols, pair_widths = np.empty(window, np.int32), np.empty(window, np.int32)
+    position, before = start, start  # where the next and the last written symbol begin
+    while True:
+        stop = min(position + window, end)
+        while stop < end and text[stop] & 0xC0 == 0x80:  # within a character
+            stop -= 1
+        count = _merge(text, position, stop, tables, symbols, widths, ranks)
+        kept = count if stop == end else count - 1 - count // 8
+        if kept < 1:
+            return -1
+        if position > start:
+            then = position + widths[0]
+            if then - before > window:
+                return -1
+            parts = _merge(text, before, then, tables, pair_symbols, pair_widths, ranks)
+            if parts != 2 or pair_widths[0] != position - before:
+                return -1
+        position, at = _write(text, position, tables, symbols, widths, kept, out, at)
+        if stop == end:
+            return at
+        before = position - widths[kept - 1]
+
+
+@numba.njit(nogil=True, cache=True)
+def _encode_unit(text, start, end, window, tables, out, at, symbols, widths, ranks):
+    """Write the ids of text[start:end] to out[at:]; returns the next free place.
+
+    `symbols` and `widths` have `window` places.
+    """
+    while end - start > window:
+        then = _encode_windows(text, start, end, window, tables, out, at, symbols, widths, ranks)
+        if then >= 0:
+            return then
+        window *= 2
+        symbols, widths = np.empty(window, np.int32), np.empty(window, np.int32)
+    count = _merge(text, start, end, tables, symbols, widths, ranks)
+    return _write(text, start, tables, symbols, widths, count, out, at)[1]
+
+
+@numba.njit(nogil=True, cache=True)
+def _encode(text, ends, cuts, singles, window, tables, cache, packed, before, after, out, lengths):
     """All documents of `text`; `before` and `after` are ids put around each (-1: none)."""
-    symbols = np.empty(4096, dtype=np.int32)
-    widths = np.empty(4096, dtype=np.int32)
+    symbols, widths = np.empty(window, np.int32), np.empty(window, np.int32)
     ranks = np.empty(SHORT, dtype=np.uint64)
     slot_mask = np.uint64(len(cache) // 64 - 1)
     bits = np.uint64(16 if packed == 4 else 32)  # of one id in a cache line
@@ -297,7 +351,9 @@ def _encode(text, ends, cuts, singles, tables, cache, packed, before, after, out
                 at += 1
                 continue
             if size > KEY_BYTES:
-                at = _encode_unit(text, start, position, tables, out, at, symbols, widths, ranks)
+                at = _encode_unit(
+                    text, start, position, window, tables, out, at, symbols, widths, ranks
+                )
                 continue
             k1 = k2 = k3 = np.uint64(0)
             k0 = _load64(text, start)
@@ -337,7 +393,9 @@ def _encode(text, ends, cuts, singles, tables, cache, packed, before, after, out
                     _store64(out, at + 2 * packed, _load64(cache, line + 56))
                 at += count
                 continue
-            then = _encode_unit(text, start, position, tables, out, at, symbols, widths, ranks)
+            then = _encode_unit(
+                text, start, position, window, tables, out, at, symbols, widths, ranks
+            )
             if then - at <= most:
                 _store64(cache, line, k0)
                 _store64(cache, line + 8, k1)
@@ -373,16 +431,18 @@ def _large_array(size: int) -> np.ndarray:
 
 
 class Kernel:
-    """Tables and a cache of `cache_lines` units (64 bytes each, a power of two)."""
+    """Tables, a cache of `cache_lines` units (64 bytes each, a power of two), and the bytes of a
+    longer unit that are merged at once."""
 
     pad = PAD
 
-    def __init__(self, tables: Tables, cache_lines: int = 1 << 20) -> None:
+    def __init__(self, tables: Tables, cache_lines: int = 1 << 20, window: int = WINDOW) -> None:
         self.tables = tables
         small = tables.vocab_size <= 65536
         self.dtype = np.dtype(np.uint16 if small else np.int32)
         self._packed = 4 if small else 2
         self._cache = _large_array(64 * cache_lines)
+        self._window = np.int64(window)
         self._cuts = tables.cuts.view(np.uint8)
         shift = np.uint64(64 - (len(tables.pair_keys).bit_length() - 1))
         self._tables = (
@@ -410,7 +470,7 @@ class Kernel:
         out = np.empty(len(text) + 2 * len(ends) + 16, dtype=self.dtype)
         lengths = np.empty(len(ends), dtype=np.int32)
         count = _encode(
-            text, ends, self._cuts, self._singles, self._tables, self._cache, self._packed,
-            before, after, out, lengths,
+            text, ends, self._cuts, self._singles, self._window, self._tables, self._cache,
+            self._packed, before, after, out, lengths,
         )  # fmt: skip
         return out[:count], lengths

@@ -102,6 +102,61 @@ def test_an_almost_full_cache_changes_nothing(model: str) -> None:
     check((tokenizer, tiny), library_text()[:2])
 
 
+def random_merges(spec: dict, rng: random.Random) -> dict:
+    """A BPE of "abc" whose merges come in no order: a later, longer piece may go first."""
+    kept = {p: i for p, i in spec["model"]["vocab"].items() if p.startswith("<") or p == "\u2581"}
+    pieces = list(kept) + list("abc")
+    letters = list("abc")
+    merges = []
+    for _ in range(rng.randint(1, 30)):
+        left, right = rng.choice(letters), rng.choice(letters)
+        if len(left + right) <= 12 and left + right not in letters:
+            letters.append(left + right)
+            pieces.append(left + right)
+            merges.append([left, right])
+    for left, right in rng.sample([(x, y) for x in letters for y in letters], 9):
+        if left + right in letters and [left, right] not in merges:  # a second way to a piece
+            merges.append([left, right])
+    rng.shuffle(merges)
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    added = [t | {"id": vocabulary[t["content"]]} for t in spec["added_tokens"]]
+    model = spec["model"] | {"vocab": vocabulary, "merges": merges}
+    return spec | {"model": model, "added_tokens": added}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_text_without_cuts_is_merged_in_windows(
+    huggingface: str, tmp_path: Path, seed: int
+) -> None:
+    from data_tools.kernel import Kernel
+    from data_tools.tables import build_tables
+
+    rng = random.Random(seed)
+    spec = json.loads(Path(huggingface, "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(random_merges(spec, rng)))
+    tokenizer = load_tokenizer(tmp_path)
+    texts = ["".join(rng.choices("abc", k=rng.randint(33, 400))) for _ in range(40)]
+    texts += [
+        rng.choice(["a", "ab", "aab", "abc", "abcaab"]) * rng.randint(33, 99) for _ in "12345"
+    ]
+    texts += ["".join(rng.choices("aabbcc東🙂", k=200)) for _ in range(5)]
+    for window in (1, 2, 3, 9, 24, 60):
+        encoder = KernelEncoder(Kernel(build_tables(tokenizer), 2, window), "always")
+        check((tokenizer, encoder), texts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [9, 50, 300])
+def test_windows_of_real_text_give_the_library_ids(pairs, kind: str, window: int) -> None:
+    from data_tools.kernel import Kernel
+    from data_tools.tables import build_tables
+
+    tokenizer = pairs[kind][0]
+    encoder = KernelEncoder(Kernel(build_tables(tokenizer), 2, window), "always")
+    texts = [" " * 5000, "=" * 3000, "東" * 999, "\u2581" * 777, " a" * 3000]
+    check((tokenizer, encoder), [*texts, *(text.replace(" ", "") for text in library_text())])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_control_tokens_in_the_text_stay_text(pairs, kind: str) -> None:
     tokenizer, encoder = pairs[kind]
