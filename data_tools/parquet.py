@@ -15,7 +15,8 @@ from data_tools.corpus import Source
 from data_tools.errors import Failure, UserError
 from data_tools.lines import Line
 
-_ROWS = 256
+_ROWS = 256  # decoded at once, or as many as hold about so many bytes of text:
+_BYTES = 8 << 20
 _USED = ("meta", "red_pajama_subset")
 
 
@@ -29,17 +30,31 @@ def read_rows(source: Source, text_keys: tuple[str, ...], max_line_bytes: int) -
             f"{source.path} is Parquet, which needs pyarrow: pip install 'megatron-ext[data]'"
         ) from error
     try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
+        # By default the whole column of a row group is read at once.
+        with pyarrow.parquet.ParquetFile(
+            source.path, buffer_size=1 << 20, pre_buffer=False
+        ) as file:
             names = set(file.schema_arrow.names)
             columns = [name for name in (*text_keys, *_USED) if name in names]
             number = 0
-            for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
+            rows = _rows_at_once(file.metadata, columns)
+            for batch in file.iter_batches(batch_size=rows, columns=columns):
                 for row in _rows(batch):
                     number += 1
                     size = len(row)
                     yield Line(number, 0, size, row if size <= max_line_bytes else b"")
     except (pyarrow.ArrowException, OSError) as error:
         raise Failure(f"{source.path} is truncated or corrupt: {error}") from error
+
+
+def _rows_at_once(metadata, columns: list[str]) -> int:
+    size = sum(
+        group.column(i).total_uncompressed_size
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+        for i in range(group.num_columns)
+        if group.column(i).path_in_schema.split(".")[0] in columns
+    )
+    return max(1, min(_ROWS, _BYTES * metadata.num_rows // max(1, size)))
 
 
 def _rows(batch) -> Iterator[bytes]:

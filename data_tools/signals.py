@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM, where an exception of theirs would be lost.
 
-    with held_back():        # they come when it is over
-        compile_something()
+with held_back():        # they come when it is over
+    compile_something()
 """
 
 from __future__ import annotations

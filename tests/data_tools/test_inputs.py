@@ -9,7 +9,9 @@ import pytest
 
 from data_tools.corpus import find_sources
 from data_tools.errors import UserError
+from data_tools.lines import MAX_LINE_BYTES
 from data_tools.options import Options
+from data_tools.parquet import read_rows
 from data_tools.shares import RANGES, SPOOLED, WHOLE, share_out
 from data_tools.tokenization import tokenize
 from tests.data_tools.conftest import documents, expected, write_compressed, write_jsonl
@@ -113,6 +115,18 @@ def test_only_the_archives_of_the_task_decide_whether_they_go_whole(
     shares = share_out(find_sources([str(tmp_path)]), Options(task=(0, tasks)))
     assert {share.mode for share in shares} <= {mode, RANGES}
     assert any(share.mode == mode for share in shares)
+
+
+def test_parquet_of_long_rows_in_one_group_takes_little_memory(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": [chr(97 + i % 26) * (4 << 20) for i in range(64)]})
+    options = {"use_dictionary": False, "write_batch_size": 1}  # a page a row, one row group
+    parquet.write_table(table, tmp_path / "x.parquet", **options)
+    del table
+    (source,) = find_sources([str(tmp_path / "x.parquet")])
+    held = [pyarrow.total_allocated_bytes() for _ in read_rows(source, ("text",), MAX_LINE_BYTES)]
+    assert len(held) == 64 and max(held) < 64 << 20
 
 
 def test_parquet_with_metadata_of_any_bytes(model: str, tokenizer, tmp_path: Path) -> None:
