@@ -10,6 +10,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -20,11 +21,11 @@ def held_back() -> Iterator[None]:
     Blocking them (`pthread_sigmask`) is not enough, as the threads of numpy still take them.
     """
     came: list[int] = []
-    before = {}
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # no other one may set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not None:  # else not Python's, and cannot be put back
-                before[number] = signal.signal(number, lambda number, frame: came.append(number))
+        for one in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(one) is not None:  # else not Python's, and cannot be put back
+                before[one] = signal.signal(one, lambda number, frame: came.append(number))
     try:
         yield
     finally:

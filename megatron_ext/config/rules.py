@@ -38,15 +38,18 @@ def validate(config: Config, world_size: int | None = None) -> list[str]:
 
 
 def check_kernels(config: Config) -> None:
-    """Masks between documents are for PyTorch's SDPA alone."""
-    if not config.data.mask_documents:
-        return
-    for part, others in (("backend", "torch"), ("attention", "sdpa")):
+    """Masks between documents are for PyTorch's SDPA alone, positions of their own for its RoPE."""
+    needed = {}
+    if config.data.separates:
+        needed["backend"] = "torch", "positions or a mask"
+    if config.data.mask_documents:
+        needed["attention"] = "sdpa", "a mask"
+    for part, (other, what) in needed.items():
         wanted = getattr(config.kernels, part)
-        if wanted not in ("auto", others):
+        if wanted not in ("auto", other):
             raise ConfigError(
-                f"data.mask_documents=true needs a mask that kernels.{part}={wanted} does not "
-                f"take: use kernels.{part}={others} or auto"
+                f"{config.data.separates} needs {what} that kernels.{part}={wanted} does not take: "
+                f"use kernels.{part}={other} or auto"
             )
 
 

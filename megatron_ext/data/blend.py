@@ -29,7 +29,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_ext.config import Config
+from megatron_ext.config import Config, Data
 from megatron_ext.config.batch_sizes import BatchSizes
 from megatron_ext.data.corpora import cache_parent, eod_id, fingerprint_of
 from megatron_ext.data.positions import per_document
@@ -155,8 +155,8 @@ def micro_batches(
     of the run's global batches unless others are given.
 
     Each is a dict of tokens and labels [micro_batch_size, sequence_length] int64 and loss_mask
-    float32, with data.mask_documents also document_ids and position_ids int64; on the CPU, pinned
-    when there is a GPU.
+    float32, with data.mask_documents also document_ids and with data.reset_positions position_ids,
+    int64; on the CPU, pinned when there is a GPU.
     """
     workers = config.data.num_workers
     loader = DataLoader(
@@ -167,7 +167,9 @@ def micro_batches(
             layout,
             range(first_step, last_step),
         ),
-        collate_fn=partial(_collate, eod=eod_id(config) if config.data.mask_documents else None),
+        collate_fn=partial(
+            _collate, config.data, eod_id(config) if config.data.separates else None
+        ),
         num_workers=workers,
         worker_init_fn=_ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
@@ -186,13 +188,19 @@ def _ignore_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate(samples: list[dict[str, torch.Tensor]], eod: int | None) -> dict[str, torch.Tensor]:
+def _collate(
+    data: Data, eod: int | None, samples: list[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
     batch = {
         name: torch.stack([sample[name] for sample in samples])
         for name in ("tokens", "labels", "loss_mask")
     }
     if eod is not None:
-        batch["document_ids"], batch["position_ids"] = per_document(batch["tokens"], eod)
+        documents, positions = per_document(batch["tokens"], eod)
+        if data.mask_documents:
+            batch["document_ids"] = documents
+        if data.reset_positions:
+            batch["position_ids"] = positions
     return batch
 
 

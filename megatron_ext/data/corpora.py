@@ -42,7 +42,7 @@ def corpus_errors(config: Config) -> list[str]:
             _check_split(name, corpus, config.data.validation_fraction)
         except (UserError, DataToolsError) as error:
             errors.append(str(error))
-    if config.data.mask_documents and not errors:
+    if config.data.separates and not errors:
         try:
             eod_id(config)
         except UserError as error:
@@ -71,6 +71,7 @@ def fingerprint_of(config: Config) -> dict[str, Any]:
         "samples": config.training.batch_sizes.before(config.training.steps),
         "seed": config.training.seed,
         "mask_documents": config.data.mask_documents,
+        **({"reset_positions": True} if config.data.reset_positions else {}),
     }
 
 
@@ -97,7 +98,7 @@ def eod_id(config: Config) -> int:
     found = ids.pop() if len(ids) == 1 else None
     if found is None:
         raise UserError(
-            "data.mask_documents=true needs one end-of-document id, which the receipts beside the "
+            f"{config.data.separates} needs one end-of-document id, which the receipts beside the "
             "token files do not name: tokenize them with data-tools tokenize --append-eod"
         )
     return found

@@ -77,6 +77,10 @@ def test_a_valid_config_has_no_warnings() -> None:
             {"data__mask_documents": True, "kernels__attention": "flash"},
             "kernels.attention=flash does not take: use kernels.attention=sdpa or auto",
         ),
+        (
+            {"data__reset_positions": True, "kernels__backend": "transformer_engine"},
+            "data.reset_positions=true needs positions or a mask that kernels.backend=transformer",
+        ),
         ({"parallel__virtual_pipeline": 2}, "virtual_pipeline=2 divides pipeline stages, but"),
         (
             {"parallel__pipeline": 2, "parallel__virtual_pipeline": 4},

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_ext.config import Config, load_config
 from megatron_ext.data import blend
+from megatron_ext.data.corpora import eod_id
 
 
 def config_with(config: Config, **training: object) -> Config:
@@ -55,6 +57,26 @@ def test_a_growing_batch_leaves_no_sample_out(config_file: Path) -> None:
     ranks = [list(sampler(config, blend.Layout(rank, 2), 0, 12)) for rank in (0, 1)]
     read = [number for pair in zip(*ranks, strict=True) for numbers in pair for number in numbers]
     assert read == list(range(config.training.batch_sizes.before(12)))
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("reset", [True, False])
+def test_documents_are_told_apart_as_asked(mask: bool, reset: bool, config_file: Path) -> None:
+    config = load_config(
+        config_file,
+        [f"data.mask_documents={mask}", f"data.reset_positions={reset}", "data.num_workers=0"],
+    )
+    eod = eod_id(config)
+    row = torch.tensor([7, eod, 7, 7, eod, 7, 7, 7])
+    sample = {"tokens": row, "labels": row, "loss_mask": torch.ones(8)}
+    samples = [sample] * config.training.global_batch_size
+    batch = next(blend.micro_batches(samples, config, blend.Layout(0, 1), 0, 1))  # type: ignore[arg-type]
+    given = {
+        name: batch[name][0].tolist() for name in ("document_ids", "position_ids") if name in batch
+    }
+    documents = {"document_ids": [0, 0, 1, 1, 1, 2, 2, 2]} if mask else {}
+    positions = {"position_ids": [0, 1, 0, 1, 2, 0, 1, 2]} if reset else {}
+    assert given == documents | positions
 
 
 def test_samples_are_the_tokens_of_the_files(config_file: Path, corpus: Path) -> None:

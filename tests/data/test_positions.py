@@ -50,6 +50,10 @@ def test_packed_documents_have_the_losses_of_each_alone() -> None:
         documents, positions = per_document(packed, EOD)
         together = model(packed, positions, attention_mask(documents))
         alone = torch.cat([model(piece, None, None) for piece in pieces], dim=1)
+        masked = model(packed, None, attention_mask(documents))
         unmasked = model(packed, None, None)
+        restarted = model(packed, positions, None)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masked, alone, rtol=1e-4, atol=1e-5)  # RoPE goes by distance
     assert not torch.allclose(together, unmasked, atol=1e-2)  # the mask matters
+    assert not torch.allclose(restarted, unmasked, atol=1e-2)  # positions do where it is missing

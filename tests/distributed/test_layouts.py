@@ -30,7 +30,7 @@ MODEL = ["model.num_layers=8", "model.num_heads=8", "model.num_kv_heads=2", "rop
 TASKS_ALONE = ["evaluation.interval=1000", "evaluation.tasks_interval=5"]
 TIED = "model.tied_embeddings=true"
 BIAS = "model.qkv_bias=true"
-MASKED = "data.mask_documents=true"
+MASKED, RESET = "data.mask_documents=true", "data.reset_positions=true"
 
 TP2, TP4, SP = "parallel.tensor=2", "parallel.tensor=4", "parallel.sequence=true"
 PP2, PP4, VPP2 = "parallel.pipeline=2", "parallel.pipeline=4", "parallel.virtual_pipeline=2"
@@ -47,7 +47,7 @@ RAMPED = "training.rampup_batch_size=[2,2,20]"
 # Name, processes, settings. The two fast ones meet every kind of parallelism but plain 1F1B, which
 # the tests of resuming and of resharding run.
 LAYOUTS = [
-    pytest.param("TP2 SP CP2, documents masked", 4, [MASKED, TP2, SP, CP2]),
+    pytest.param("TP2 SP CP2, documents masked, positions reset", 4, [MASKED, RESET, TP2, SP, CP2]),
     pytest.param("PP2 VPP2 DP2, distributed optimizer, overlapped", 4,
                  [PP2, VPP2, DISTRIBUTED, *OVERLAP, GATHER, CHUNKED]),
     *(
@@ -91,6 +91,7 @@ LAYOUTS = [
             ("TP2 tied", 2, [TIED, TP2]),
             ("CP2 PP2, documents masked", 4, [MASKED, CP2, PP2]),
             ("DP2, documents masked", 2, [MASKED]),
+            ("CP2 PP2, positions reset", 4, [RESET, CP2, PP2]),
             ("CP2, full recompute", 2, [CP2, "training.recompute=full"]),
             ("CP2, selective recompute", 2, [CP2, "training.recompute=selective"]),
             ("TP2 SP DP2, distributed optimizer, both overlapped, selective recompute", 4,
