@@ -106,11 +106,31 @@ def find_prefixes(inputs: Sequence[str]) -> list[str]:
                 f"{text} is no .bin/.idx pair and matches none: name prefixes or a glob of .idx "
                 "files"
             )
+        _refuse_missing_shards(text, matches)
         found += matches
     doubled = [name for name, times in Counter(map(os.path.realpath, found)).items() if times > 1]
     if doubled:
         raise UserError(f"{doubled[0]} is given twice: its documents would be there twice")
     return found
+
+
+def _refuse_missing_shards(pattern: str, names: Sequence[str]) -> None:
+    """A glob means all; some of them alone have to be named."""
+    for name in names:
+        shard = (read_receipt(name) or {}).get("shard")
+        if shard:
+            owner = _owner(name, shard)
+            for number in range(shard["of"]):
+                if f"{owner}-{number:05d}" not in names:
+                    raise UserError(
+                        f"{pattern} matches {name} and not {owner}-{number:05d} of the same "
+                        f"{shard['of']} shards: bring it back, or name the pairs to merge without"
+                    )
+
+
+def _owner(name: str, shard: dict[str, Any]) -> str:
+    """The PREFIX that shards were written under."""
+    return name.removesuffix(f"-{shard['number']:05d}")
 
 
 def _identity(name: str) -> dict[str, Any]:
@@ -238,9 +258,7 @@ def _join_rejected(pairs: Sequence[Pair], folder: Path) -> int:
     """Concatenate PREFIX.rejected.jsonl of all inputs, that of shards once; returns the number of
     lines."""
     owners = [
-        name.removesuffix(f"-{receipt['shard']['number']:05d}")
-        if receipt and "shard" in receipt
-        else name
+        _owner(name, receipt["shard"]) if receipt and "shard" in receipt else name
         for name, _, receipt in pairs
     ]
     count = 0

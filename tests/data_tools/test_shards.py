@@ -71,6 +71,17 @@ def test_a_merge_of_shards_has_a_true_receipt(reference: Path, model: str, tmp_p
     assert some["inputs"] == whole["inputs"]
 
 
+def test_a_glob_that_misses_a_shard_is_refused(reference: Path, model: str, tmp_path: Path) -> None:
+    options = Options(shard_tokens=20_000, part_bytes=4096)
+    tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", options)
+    for file in tmp_path.glob("out-00001.*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"out-00000 and not .*out-00001 of the same"):
+        merge([str(tmp_path / "out-*.idx")], tmp_path / "merged")
+    assert not list(tmp_path.glob("merged*"))
+    merge([str(tmp_path / "out-00000"), str(tmp_path / "out-00002")], tmp_path / "merged")
+
+
 def test_a_merge_of_shards_has_the_rejected_lines_once(
     reference: Path, model: str, tmp_path: Path
 ) -> None:
