@@ -76,6 +76,8 @@ def run(options: argparse.Namespace, folder: str, kind: str, who: str) -> dict[s
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """The figures of one kind, in this process."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
     from megatron_ext.config import load_config
     from megatron_ext.data import blend
     from megatron_ext.world import world
@@ -102,7 +104,8 @@ precision: {{dtype: fp32}}
     build: Callable = blend.build_datasets
     if options.who == "theirs":
 
-        def build(config):  # its builder with its own cache, and no madvise
+        def build(config):  # its index with its own cache, and no madvise
+            blend.SampleIndex = GPTDataset
             blend.mmap.MADV_RANDOM = blend.mmap.MADV_NORMAL
             return blend._open(config, folder / "theirs")
 

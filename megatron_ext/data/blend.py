@@ -26,13 +26,14 @@ import torch
 import torch.distributed as dist
 import xxhash
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_ext.config import Config, Data
 from megatron_ext.config.batch_sizes import BatchSizes
 from megatron_ext.data.corpora import cache_parent, eod_id, fingerprint_of
 from megatron_ext.data.positions import per_document
+from megatron_ext.data.sample_index import SampleIndex
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _open(config: Config, cache: Path) -> tuple[Dataset, Dataset]:
         config.evaluation.batches * batch,
         0,
     ]
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config)
+    builder = BlendedMegatronDatasetBuilder(SampleIndex, sizes, lambda: True, dataset_config)
     train, validation, _ = builder.build()
     for blended in (train, validation):
         for part in getattr(blended, "datasets", [blended]):

@@ -64,6 +64,7 @@ def fingerprint_of(config: Config) -> dict[str, Any]:
     return {
         "corpora": corpora,
         "order": list(corpora),  # the blend interleaves them in this order
+        "shuffle": 2,  # sample_index.py's; 1 was Megatron-Core's
         "validation_fraction": config.data.validation_fraction,
         "sequence_length": config.training.sequence_length,
         "global_batch_size": config.training.global_batch_size,
