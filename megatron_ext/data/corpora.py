@@ -16,7 +16,7 @@ import numpy as np
 from data_tools.errors import UserError as DataToolsError
 from data_tools.files import checksum
 from data_tools.indexed import read_index
-from data_tools.receipt import read_receipt
+from data_tools.receipt import pairs_of, read_receipt
 from megatron_ext.config import Config
 from megatron_ext.config.schema import Corpus
 from megatron_ext.errors import UserError
@@ -119,6 +119,12 @@ def tokenizer_path(config: Config) -> Path:
 
 
 def _check_files(name: str, corpus: Corpus) -> None:
+    shards = pairs_of(corpus.path)
+    if len(shards) > 1:
+        raise UserError(
+            f"data.corpora.{name}.path={corpus.path} is {len(shards)} shards and a corpus is one "
+            f"pair: data-tools merge {corpus.path} --output {corpus.path}-merged, and name that"
+        )
     for suffix in (".bin", ".idx"):
         file = Path(f"{corpus.path}{suffix}")
         if not file.is_file():

@@ -9,6 +9,7 @@ import xxhash
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_tools.indexed import write_index
+from data_tools.merge import merge
 from megatron_ext.config import load_config
 from megatron_ext.data import corpora
 from megatron_ext.errors import UserError
@@ -26,6 +27,15 @@ def test_no_corpus_is_refused(config_file: Path) -> None:
     config = load_config(config_file)
     with pytest.raises(UserError, match=r"data\.corpora is empty"):
         corpora.check_corpora(config.model_copy(update={"data": type(config.data)()}))
+
+
+def test_shards_are_refused_by_what_joins_them(
+    config_file: Path, corpus: Path, tmp_path: Path
+) -> None:
+    merge([str(corpus)], tmp_path / "all", shard_tokens=10_000)
+    config = load_config(config_file, [f"data.corpora.stdlib.path={tmp_path}/all"])
+    with pytest.raises(UserError, match=r"shards .*: data-tools merge \S+/all --output"):
+        corpora.check_corpora(config)
 
 
 def lengths_of(prefix: Path) -> np.ndarray:
