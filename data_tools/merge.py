@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def merge(
     prefix = indexed.prefix(prefix, "--output ")
     pairs = [(name, indexed.read_index(name), read_receipt(name)) for name in find_prefixes(inputs)]
     _refuse_mixtures(pairs)
+    _look_for_missing_shards(pairs, inputs)
     wanted = {
         "inputs": [_identity(name) for name, _, _ in pairs],
         "tokenizer": {},
@@ -106,7 +108,6 @@ def find_prefixes(inputs: Sequence[str]) -> list[str]:
                 f"{text} is no .bin/.idx pair and matches none: name prefixes or a glob of .idx "
                 "files"
             )
-        _refuse_missing_shards(text, matches)
         found += matches
     doubled = [name for name, times in Counter(map(os.path.realpath, found)).items() if times > 1]
     if doubled:
@@ -114,18 +115,21 @@ def find_prefixes(inputs: Sequence[str]) -> list[str]:
     return found
 
 
-def _refuse_missing_shards(pattern: str, names: Sequence[str]) -> None:
-    """A glob means all; some of them alone have to be named."""
-    for name in names:
-        shard = (read_receipt(name) or {}).get("shard")
-        if shard:
-            owner = _owner(name, shard)
-            for number in range(shard["of"]):
-                if f"{owner}-{number:05d}" not in names:
-                    raise UserError(
-                        f"{pattern} matches {name} and not {owner}-{number:05d} of the same "
-                        f"{shard['of']} shards: bring it back, or name the pairs to merge without"
-                    )
+def _look_for_missing_shards(pairs: Sequence[Pair], inputs: Sequence[str]) -> None:
+    """A glob means all of them, and is refused; where they are named, some may be meant."""
+    shards = {
+        name: receipt["shard"] for name, _, receipt in pairs if receipt and "shard" in receipt
+    }
+    for owner, count in {
+        _owner(name, shard): shard["of"] for name, shard in shards.items()
+    }.items():
+        missing = {f"{owner}-{number:05d}" for number in range(count)} - set(shards)
+        if not missing:
+            continue
+        words = f"{min(missing)} is missing of the {count} shards of {owner}"
+        if any(map(glob.has_magic, inputs)):
+            raise UserError(f"{words}: bring it back, or name the pairs to merge without it")
+        print(f"merge: {words}; the others are merged without it", file=sys.stderr)
 
 
 def _owner(name: str, shard: dict[str, Any]) -> str:

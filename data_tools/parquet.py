@@ -15,7 +15,7 @@ from data_tools.corpus import Source
 from data_tools.errors import Failure, UserError
 from data_tools.lines import Line
 
-_ROWS = 256  # decoded at once, or as many as hold about so many bytes of text:
+_ROWS = 16  # decoded at once, or as many as hold about so many bytes of text:
 _BYTES = 8 << 20
 _USED = ("meta", "red_pajama_subset")
 

@@ -22,11 +22,11 @@ def held_back() -> Iterator[None]:
     """
     came: list[int] = []
     before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # no other one may set handlers
-        for one in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(one) is not None:  # else not Python's, and cannot be put back
-                before[one] = signal.signal(one, lambda number, frame: came.append(number))
     try:
+        if threading.current_thread() is threading.main_thread():  # no other one may set handlers
+            for one in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(one) is not None:  # else not Python's, and cannot be put back
+                    before[one] = signal.signal(one, lambda number, frame: came.append(number))
         yield
     finally:
         for number, handler in before.items():

@@ -33,6 +33,7 @@ def validate(config: Config, world_size: int | None = None) -> list[str]:
     check_overlap(config)
     check_intervals(config)
     check_kernels(config)
+    check_positions(config)
     check_tasks(config)
     return check_bound(config)
 
@@ -40,17 +41,28 @@ def validate(config: Config, world_size: int | None = None) -> list[str]:
 def check_kernels(config: Config) -> None:
     """Masks between documents are for PyTorch's SDPA alone, positions of their own for its RoPE."""
     needed = {}
-    if config.data.separates:
-        needed["backend"] = "torch", "positions or a mask"
+    if config.data.told_apart_by:
+        needed["backend"] = "torch"
     if config.data.mask_documents:
-        needed["attention"] = "sdpa", "a mask"
-    for part, (other, what) in needed.items():
+        needed["attention"] = "sdpa"
+    for part, other in needed.items():
         wanted = getattr(config.kernels, part)
         if wanted not in ("auto", other):
             raise ConfigError(
-                f"{config.data.separates} needs {what} that kernels.{part}={wanted} does not take: "
-                f"use kernels.{part}={other} or auto"
+                f"{config.data.told_apart_by} does not go with kernels.{part}={wanted}: use "
+                f"kernels.{part}={other} or auto"
             )
+
+
+def check_positions(config: Config) -> None:
+    """Positions of a document's own need a rule that goes by distance alone."""
+    scaling = config.rope.scaling
+    if config.data.reset_positions and scaling.follows_length:
+        # It would be that of the micro-batch's longest document, whoever else is in there.
+        raise ConfigError(
+            f"data.reset_positions=true does not go with rope.scaling.type={scaling.type}, which "
+            "goes by the length of a whole sample: set data.reset_positions=false"
+        )
 
 
 def check_tasks(config: Config) -> None:

@@ -130,14 +130,15 @@ class Data(Section):
     """Keep attention within each document of a sample; needs the torch kernels and token files
     written with an end-of-document id."""
     reset_positions: bool = setting(False)
-    """Restart positions at 0 in each document of a sample; needs what mask_documents needs. RoPE
-    goes by distance: with masks this changes nothing but rounding, and without them tokens of
-    other documents are met at distances that are wrong, even negative."""
+    """Restart positions at 0 in each document of a sample; needs the torch backend, an
+    end-of-document id, and a RoPE rule that goes by distance alone. So with masks it changes
+    nothing but rounding, and without them tokens of other documents are met at distances that are
+    wrong, even negative."""
     num_workers: int = setting(1, ge=0, unit="processes")
     """Loader processes a rank; 0 loads in the training process."""
 
     @property
-    def separates(self) -> str:
+    def told_apart_by(self) -> str:
         """The setting that has the documents of a sample told apart, "" if none has."""
         wanted = ("mask_documents", "reset_positions")
         return next((f"data.{name}=true" for name in wanted if getattr(self, name)), "")

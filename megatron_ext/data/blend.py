@@ -169,7 +169,7 @@ def micro_batches(
             range(first_step, last_step),
         ),
         collate_fn=partial(
-            _collate, config.data, eod_id(config) if config.data.separates else None
+            _collate, config.data, eod_id(config) if config.data.told_apart_by else None
         ),
         num_workers=workers,
         worker_init_fn=_ignore_stop_signals,

@@ -42,7 +42,7 @@ def corpus_errors(config: Config) -> list[str]:
             _check_split(name, corpus, config.data.validation_fraction)
         except (UserError, DataToolsError) as error:
             errors.append(str(error))
-    if config.data.separates and not errors:
+    if config.data.told_apart_by and not errors:
         try:
             eod_id(config)
         except UserError as error:
@@ -99,8 +99,8 @@ def eod_id(config: Config) -> int:
     found = ids.pop() if len(ids) == 1 else None
     if found is None:
         raise UserError(
-            f"{config.data.separates} needs one end-of-document id, which the receipts beside the "
-            "token files do not name: tokenize them with data-tools tokenize --append-eod"
+            f"{config.data.told_apart_by} needs one end-of-document id, which the receipts beside "
+            "the token files do not name: tokenize them with data-tools tokenize --append-eod"
         )
     return found
 
@@ -120,9 +120,9 @@ def tokenizer_path(config: Config) -> Path:
 
 def _check_files(name: str, corpus: Corpus) -> None:
     shards = pairs_of(corpus.path)
-    if len(shards) > 1:
+    if shards != [corpus.path]:
         raise UserError(
-            f"data.corpora.{name}.path={corpus.path} is {len(shards)} shards and a corpus is one "
+            f"data.corpora.{name}.path={corpus.path} is {len(shards)} shard(s) and a corpus is one "
             f"pair: data-tools merge {corpus.path} --output {corpus.path}-merged, and name that"
         )
     for suffix in (".bin", ".idx"):

@@ -108,13 +108,14 @@ def _shuffled(
     """0, 1, .. modulo `modulus`, shuffled within each of the `parts` (their sizes)."""
     out = np.empty(sum(parts), dtype)
     start = 0
-    for size, seed in zip(parts, seeds, strict=False):
+    for size, seed in zip(parts, seeds, strict=False):  # one part needs one of the two seeds
         _shuffle_into(out[start : start + size], start, seed, modulus)
         start += size
     return out
 
 
 def _modulo(numbers: np.ndarray, modulus: int) -> np.ndarray:
+    # The first epoch, mostly the only one, is spared the division: a fifth of the whole shuffle.
     return numbers % modulus if numbers.max(initial=0) >= modulus else numbers
 
 

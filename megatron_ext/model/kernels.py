@@ -107,8 +107,8 @@ class _Option:
 
 
 def _transformer_engine(config: Config, found: Found) -> str:
-    if config.data.separates:
-        return f"{config.data.separates} needs positions or masks of our own"
+    if config.data.told_apart_by:
+        return f"{config.data.told_apart_by} needs masks or positions of our own"
     if config.precision.dtype == "fp32" and found.capability is not None:
         return "Transformer Engine multiplies fp32 in TF32"
     return found.lacks("transformer_engine")

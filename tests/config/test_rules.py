@@ -75,11 +75,16 @@ def test_a_valid_config_has_no_warnings() -> None:
         ),
         (
             {"data__mask_documents": True, "kernels__attention": "flash"},
-            "kernels.attention=flash does not take: use kernels.attention=sdpa or auto",
+            "data.mask_documents=true does not go with kernels.attention=flash: use kernels.att",
         ),
         (
             {"data__reset_positions": True, "kernels__backend": "transformer_engine"},
-            "data.reset_positions=true needs positions or a mask that kernels.backend=transformer",
+            "data.reset_positions=true does not go with kernels.backend=transformer_engine: use",
+        ),
+        (
+            {"data__reset_positions": True,
+             "rope__scaling": {"type": "dynamic", "factor": 2, "original_context_length": 64}},
+            "data.reset_positions=true does not go with rope.scaling.type=dynamic, which goes by",
         ),
         ({"parallel__virtual_pipeline": 2}, "virtual_pipeline=2 divides pipeline stages, but"),
         (

@@ -29,12 +29,13 @@ def test_no_corpus_is_refused(config_file: Path) -> None:
         corpora.check_corpora(config.model_copy(update={"data": type(config.data)()}))
 
 
+@pytest.mark.parametrize("tokens", [10_000, 10**9])
 def test_shards_are_refused_by_what_joins_them(
-    config_file: Path, corpus: Path, tmp_path: Path
+    config_file: Path, corpus: Path, tmp_path: Path, tokens: int
 ) -> None:
-    merge([str(corpus)], tmp_path / "all", shard_tokens=10_000)
+    merge([str(corpus)], tmp_path / "all", shard_tokens=tokens)
     config = load_config(config_file, [f"data.corpora.stdlib.path={tmp_path}/all"])
-    with pytest.raises(UserError, match=r"shards .*: data-tools merge \S+/all --output"):
+    with pytest.raises(UserError, match=r"shard.*: data-tools merge \S+/all --output"):
         corpora.check_corpora(config)
 
 

@@ -249,7 +249,7 @@ sys.exit(main(sys.argv[1:]))
         command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            assert process.wait(60) == 143  # the kernel may have to be compiled first
+            assert process.wait(180) == 143  # the kernel may have to be compiled first
         finally:
             process.kill()
         assert process.stderr.read() == ""

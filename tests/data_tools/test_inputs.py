@@ -121,7 +121,8 @@ def test_parquet_of_long_rows_in_one_group_takes_little_memory(tmp_path: Path) -
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": [chr(97 + i % 26) * (4 << 20) for i in range(64)]})
-    options = {"use_dictionary": False, "write_batch_size": 1}  # a page a row, one row group
+    # A page a row, one row group.
+    options = {"use_dictionary": False, "write_batch_size": 1, "compression": "none"}
     parquet.write_table(table, tmp_path / "x.parquet", **options)
     del table
     (source,) = find_sources([str(tmp_path / "x.parquet")])

@@ -71,15 +71,21 @@ def test_a_merge_of_shards_has_a_true_receipt(reference: Path, model: str, tmp_p
     assert some["inputs"] == whole["inputs"]
 
 
-def test_a_glob_that_misses_a_shard_is_refused(reference: Path, model: str, tmp_path: Path) -> None:
+def test_a_glob_that_misses_a_shard_is_refused(
+    reference: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = Options(shard_tokens=20_000, part_bytes=4096)
     tokenize([str(reference / "c4.jsonl")], model, tmp_path / "out", options)
+    globs = [str(tmp_path / f"out-0000{numbers}.idx") for numbers in ("[01]", "[2-9]")]
+    merge(globs, tmp_path / "all")
     for file in tmp_path.glob("out-00001.*"):
         file.unlink()
-    with pytest.raises(UserError, match=r"out-00000 and not .*out-00001 of the same"):
-        merge([str(tmp_path / "out-*.idx")], tmp_path / "merged")
+    with pytest.raises(UserError, match=r"out-00001 is missing of the \d+ shards of"):
+        merge(globs, tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))
+    assert capsys.readouterr().err == ""
     merge([str(tmp_path / "out-00000"), str(tmp_path / "out-00002")], tmp_path / "merged")
+    assert "out-00001 is missing of the" in capsys.readouterr().err
 
 
 def test_a_merge_of_shards_has_the_rejected_lines_once(
