@@ -105,7 +105,7 @@ precision: {{dtype: fp32}}
     if options.who == "theirs":
 
         def build(config):  # its index with its own cache, and no madvise
-            blend.SampleIndex = GPTDataset
+            blend.SampleIndex, blend._AT_ONCE = GPTDataset, 1
             blend.mmap.MADV_RANDOM = blend.mmap.MADV_NORMAL
             return blend._open(config, folder / "theirs")
 

@@ -158,7 +158,8 @@ def test_nothing_heavy_is_imported(model: str, tmp_path: Path) -> None:
         "from data_tools.cli import main\n"
         f"assert main(['tokenize', {str(source)!r}, '--tokenizer', {model!r}, "
         f"'--output', {str(tmp_path / 'out')!r}, '--workers', '1']) == 0\n"
-        "print([m for m in ('torch', 'transformers', 'megatron', 'megatron_ext', 'pyarrow')"
+        "print([m for m in ('torch', 'transformers', 'megatron', 'megatron_ext', 'pyarrow',"
+        " 'scipy', 'scipy.linalg')"
         " if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True)
