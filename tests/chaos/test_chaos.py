@@ -35,11 +35,11 @@ def test_every_strike_comes_at_every_moment_before_one_comes_again() -> None:
     assert len(set(draw(10, random.Random(1)))) == 10
 
 
-def test_killed_while_saving_and_in_a_step_nothing_is_lost(tmp_path: Path, corpus: Path) -> None:
-    plan = [("SIGKILL rank", "save"), ("SIGKILL launcher", "step")]
+def test_killed_while_saving_nothing_is_lost(tmp_path: Path, corpus: Path) -> None:
+    plan = [("SIGKILL rank", "save")]
     report = chaos(tmp_path, write_config(tmp_path, corpus), len(plan), seed=1, plan=plan)
     assert report.ok, report.text()
-    assert report.struck.total() == 2 and report.finished == 1 and report.compared > 60
+    assert report.struck.total() == 1 and report.finished == 1 and report.compared > 30
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ def test_where_kernels_are_compiled_so_is_the_loss(settings, name, compiled_name
     ("processes", "layout"),
     [
         (1, []),
-        (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+        pytest.param(2, ["parallel.tensor=2", "parallel.sequence=true"], marks=pytest.mark.slow),
         pytest.param(2, ["parallel.tensor=2"], marks=pytest.mark.slow),
         pytest.param(
             2, ["parallel.pipeline=2", "model.tied_embeddings=true"], marks=pytest.mark.slow
