@@ -120,9 +120,8 @@ def _look_for_missing_shards(pairs: Sequence[Pair], inputs: Sequence[str]) -> No
     shards = {
         name: receipt["shard"] for name, _, receipt in pairs if receipt and "shard" in receipt
     }
-    for owner, count in {
-        _owner(name, shard): shard["of"] for name, shard in shards.items()
-    }.items():
+    owners = {_owner(name, shard): shard["of"] for name, shard in shards.items()}
+    for owner, count in owners.items():
         missing = {f"{owner}-{number:05d}" for number in range(count)} - set(shards)
         if not missing:
             continue

@@ -35,7 +35,7 @@ from megatron_ext.data.corpora import cache_parent, eod_id, fingerprint_of
 from megatron_ext.data.positions import per_document
 from megatron_ext.data.sample_index import SampleIndex
 
-_AT_ONCE = 2  # corpora whose index is built; each takes up to 13 bytes a document meanwhile
+_AT_ONCE = 2  # corpora whose index is built: time against memory, about 13 bytes a document each
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _shuffled(
 
 
 def _modulo(numbers: np.ndarray, modulus: int) -> np.ndarray:
-    # The first epoch, mostly the only one, is spared the division: a fifth of the whole shuffle.
+    # The first epoch, mostly the only one, is spared the divisions.
     return numbers % modulus if numbers.max(initial=0) >= modulus else numbers
 
 
