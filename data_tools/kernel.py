@@ -8,7 +8,7 @@ A unit is the text between two exact cuts (see tables), mostly one word with its
 Units of up to 32 bytes are looked up in a direct-mapped cache whose line holds the key and the
 ids (one 64-byte line of the processor's cache); others, and misses, are merged pair by pair, text
 without cuts a window at a time. All of it is in one file: Numba's cache of compiled functions looks
-at the date of the file a function is in, not of those that it calls.
+at the file a function is in, not at those of what it calls.
 """
 
 from __future__ import annotations
