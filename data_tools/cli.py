@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from data_tools import commands
+from data_tools.corpus import WINDOW_BYTES
 from data_tools.errors import Failure, UserError
 from data_tools.lines import MAX_LINE_BYTES
 from data_tools.options import available_cores
@@ -155,6 +156,12 @@ def _add_inputs(add: Any) -> None:
         "--text-key",
         default="text,raw_content",
         help="key of the text; of several, the first that is present (%(default)s)",
+    )
+    add(
+        "--max-window-bytes",
+        type=int,
+        default=WINDOW_BYTES,
+        help="memory that the window of one .zst or .xz may take (%(default)s)",
     )
 
 

@@ -49,6 +49,7 @@ def run_tokenize(given: Namespace) -> None:
             eod_token=given.eod_token,
             bos_token=given.bos_token,
             overwrite=given.overwrite,
+            window_bytes=given.max_window_bytes,
             fast=given.fast,
             quiet=given.quiet,
         )
@@ -83,6 +84,7 @@ def run_train(given: Namespace) -> None:
         character_coverage=given.character_coverage,
         text_keys=_words(given.text_key),
         slice_shares=_shares("--slice-shares", given.slice_shares, "c4=0.6,arxiv=0.4"),
+        window_bytes=given.max_window_bytes,
         overwrite=given.overwrite,
     )
     model, sample = receipt["model"], receipt["sample"]
@@ -213,6 +215,7 @@ def run_dedup(given: Namespace) -> None:
         threshold=given.threshold,
         output=given.output,
         text_keys=_words(given.text_key),
+        window_bytes=given.max_window_bytes,
         overwrite=given.overwrite,
     )
     share = found["duplicate_bytes"] / max(1, found["bytes"])

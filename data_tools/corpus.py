@@ -5,7 +5,8 @@
 
 JSONL plain, .gz, .zst (any number of frames), .bz2, .xz, and "-" for standard input.
 Refuses inputs that match nothing, a file named twice, and a name that contradicts the content;
-a truncated or corrupt archive is a `Failure` that names the file, never a silent end.
+a truncated or corrupt archive is a `Failure` that names the file, never a silent end. So is one
+refused that needs more memory to be read than `window_bytes`: its author decided how much.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from stat import S_ISREG
 from typing import Any, BinaryIO, NoReturn, cast
 
@@ -62,17 +64,21 @@ _SLICE = re.compile(
 )
 _V2_SLICE = re.compile(r"(?<![a-z])([a-z]{2})_(head|middle|tail)(?![a-z])")
 _READ_BYTES = 1 << 20
+_LARGEST_WINDOW = 1 << 31  # zstd --long=31
+WINDOW_BYTES = 128 << 20  # zstd's own bound, unless it is told otherwise; xz -9 needs 65 MiB
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. `compression` is "", "gz", "zst", "bz2", "xz" or "parquet"."""
+    """One input file. `compression` is "", "gz", "zst", "bz2", "xz" or "parquet"; `window_bytes`
+    is how much memory a .zst or .xz may take for the window it was made with."""
 
     path: str
     compression: str
     size: int
     mtime_ns: int
     slice: str
+    window_bytes: int = WINDOW_BYTES
 
     @property
     def divisible(self) -> bool:
@@ -80,8 +86,13 @@ class Source:
         return self.compression == "" and self.path != "-"
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
+def find_sources(inputs: Sequence[str], window_bytes: int = WINDOW_BYTES) -> list[Source]:
     """Files, folders (searched through), globs and "-" to sources, in the order given."""
+    if not _READ_BYTES <= window_bytes <= _LARGEST_WINDOW:
+        raise UserError(
+            f"--max-window-bytes {window_bytes} is outside 1 MiB to 2 GiB: write "
+            f"{_LARGEST_WINDOW} for all that zstd --long=31 makes"
+        )
     names: list[str] = []
     for text in inputs:
         if text == "-":
@@ -114,7 +125,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
                 f"input {name} is given twice (also as {seen[real]}): name every file once"
             )
         seen[real] = name
-    return [describe(name) for name in names]
+    return [replace(describe(name), window_bytes=window_bytes) for name in names]
 
 
 def _files_below(folder: str) -> Iterator[str]:
@@ -238,13 +249,13 @@ def open_stream(source: Source, raw: BinaryIO) -> BinaryIO:
     if source.compression == "bz2":
         return cast(BinaryIO, _Streams(raw, bz2.BZ2Decompressor, padded=False))
     if source.compression == "xz":
-        return cast(BinaryIO, _Streams(raw, lzma.LZMADecompressor, padded=True))
+        new = partial(lzma.LZMADecompressor, memlimit=source.window_bytes)
+        return cast(BinaryIO, _Streams(raw, new, padded=True))
     if source.compression == "zst":
         import zstandard
 
         check_zstd_is_whole(source.path)
-        # 2 GiB windows (--long=31) are legal; the default refuses them above 128 MiB.
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        decompressor = zstandard.ZstdDecompressor(max_window_size=source.window_bytes)
         return cast(BinaryIO, decompressor.stream_reader(raw, read_across_frames=True))
     return raw
 
@@ -283,6 +294,17 @@ class _Streams:
         return bool(rest)
 
 
+def first_window(source: Source) -> int:
+    """Bytes of window that a .zst's first frame asks for; 0 for other files and what is not known
+    of this one."""
+    import zstandard
+
+    with open(source.path, "rb") as stream, contextlib.suppress(zstandard.ZstdError):
+        if source.compression == "zst":
+            return int(zstandard.get_frame_parameters(stream.read(18)).window_size)
+    return 0
+
+
 def archive_errors() -> tuple[type[BaseException], ...]:
     """What decompressors raise on truncated or corrupt input."""
     import zstandard
@@ -293,7 +315,8 @@ def archive_errors() -> tuple[type[BaseException], ...]:
 def read_blocks(
     source: Source, block_bytes: int = _READ_BYTES, raw: BinaryIO | None = None
 ) -> Iterator[bytes]:
-    """Decompressed content in pieces of at most `block_bytes`. Raises `Failure` naming a bad file.
+    """Decompressed content in pieces of at most `block_bytes`. Raises `Failure` naming a bad file,
+    and `UserError` for one that needs more than `source.window_bytes`.
 
     `raw` may be the file, already open: its position tells how far the reading has come.
     """
@@ -309,6 +332,12 @@ def read_blocks(
             while block := stream.read(block_bytes):
                 yield block
         except archive_errors() as error:
+            if re.search("too much memory|[Mm]emory usage limit", str(error)):
+                raise UserError(
+                    f"{source.path} needs more memory to be decompressed than --max-window-bytes "
+                    f"{source.window_bytes}, as zstd --long and xz --lzma2=dict make them: write "
+                    f"up to {_LARGEST_WINDOW} (2 GiB), or compress it again"
+                ) from error
             raise Failure(f"{source.path} is truncated or corrupt: {error}") from error
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import orjson
 import xxhash
 
-from data_tools.corpus import Source, find_sources
+from data_tools.corpus import WINDOW_BYTES, Source, find_sources
 from data_tools.documents import DEFAULT_TEXT_KEYS, TOO_LONG
 from data_tools.errors import UserError
 from data_tools.files import atomic_write
@@ -49,6 +49,7 @@ def deduplicate(
     threshold: float = 0.8,
     output: str | os.PathLike[str] | None = None,
     text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS,
+    window_bytes: int = WINDOW_BYTES,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write one JSON line a duplicate to `report`; with `output`, also the inputs without them.
@@ -62,7 +63,7 @@ def deduplicate(
             "out --near for documents that are equal"
         )
     report = Path(report)
-    sources = find_sources(inputs)
+    sources = find_sources(inputs, window_bytes)
     if output is not None and any(s.path == "-" or s.compression == "parquet" for s in sources):
         raise UserError(
             "dedup --output reads its input twice and writes JSONL: name JSONL files, not - or "

@@ -56,20 +56,21 @@ def make_encoder(tokenizer: Tokenizer, fast: bool = True) -> Encoder:
             "numba is not installed, so ids come from the tokenizer's own library, some 20 times "
             "slower: pip install 'megatron-ext[data]'",
         )
-    encoder = KernelEncoder(Kernel(tables), tables.prefix)
     texts = probe_texts()
     known = [tokenizer.encode(text) for text in texts]
     # Once more as text without a place to cut is: these texts are shorter than the usual window.
-    windows = KernelEncoder(Kernel(tables, cache_lines=2, window=16), tables.prefix)
-    for one in (encoder, windows):
-        ids, lengths = one.encode([text.encode() for text in texts])
+    # Small caches: workers fork with what is touched here.
+    for probed in (Kernel(tables, cache_lines=1 << 10), Kernel(tables, cache_lines=2, window=16)):
+        ids, lengths = KernelEncoder(probed, tables.prefix).encode(
+            [text.encode() for text in texts]
+        )
         found = np.split(ids, np.cumsum(lengths)[:-1])
         for text, wanted, got in zip(texts, known, found, strict=True):
             if not np.array_equal(wanted, got):
                 return LibraryEncoder(
                     tokenizer, f"the fast path differs from the library on {text[:20]!r}"
                 )
-    return encoder
+    return KernelEncoder(Kernel(tables), tables.prefix)
 
 
 class LibraryEncoder:

@@ -38,13 +38,19 @@ def split_lines(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[Line]:
         while (end := block.find(b"\n", start)) >= 0:
             size += end - start
             pieces.append(block[start:end])
-            yield Line(number, offset, size, b"".join(pieces) if size <= max_line_bytes else b"")
+            yield Line(number, offset, size, _joined(pieces, size, max_line_bytes))
             number, offset, size = number + 1, offset + size + 1, 0
-            pieces.clear()
             start = end + 1
         size += len(block) - start
         pieces.append(block[start:])
         if size > max_line_bytes:
             pieces.clear()
     if size:
-        yield Line(number, offset, size, b"".join(pieces) if size <= max_line_bytes else b"")
+        yield Line(number, offset, size, _joined(pieces, size, max_line_bytes))
+
+
+def _joined(pieces: list[bytes], size: int, most: int) -> bytes:
+    """What was gathered, which then is held no longer: the line is at work for a while."""
+    data = b"".join(pieces) if size <= most else b""
+    pieces.clear()
+    return data

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from data_tools.corpus import Source
+from data_tools.corpus import Source, first_window
 from data_tools.options import Options
 from data_tools.parts import Part
 
 RANGES, WHOLE, SPOOLED = "ranges", "whole", "spooled"
 _SMALL_BYTES = 8 << 20  # a compressed file of this size is a fraction of a second's work
+_SMALL_WINDOW = 8 << 20  # zstd -19's; wider ones are not decompressed by several workers at once
 _MANY = 64  # so many compressed files keep every worker busy with whole ones
 
 
@@ -65,4 +66,6 @@ def _goes_whole(sources: Sequence[Source], share: Share, many: bool) -> bool:
     source = sources[share.source]
     if share.mode != SPOOLED or source.path == "-":
         return False
-    return source.compression == "parquet" or source.size <= _SMALL_BYTES or many
+    if source.compression == "parquet":
+        return True
+    return (source.size <= _SMALL_BYTES or many) and first_window(source) <= _SMALL_WINDOW

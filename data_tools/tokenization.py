@@ -22,7 +22,7 @@ from typing import Any
 
 from data_tools import indexed
 from data_tools.assembly import Assembler
-from data_tools.corpus import Source, find_sources
+from data_tools.corpus import WINDOW_BYTES, Source, find_sources
 from data_tools.documents import HARMLESS
 from data_tools.encoding import make_encoder
 from data_tools.errors import Failure, UserError
@@ -52,6 +52,7 @@ def tokenize(
     eod_token: str | None = None,
     bos_token: str | None = None,
     overwrite: bool = False,
+    window_bytes: int = WINDOW_BYTES,
     fast: bool = True,
     quiet: bool = True,
 ) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def tokenize(
     allowance = Allowance.parse(max_rejected)
     if workers < 1:
         raise UserError(f"--workers {workers} does no work: write 1 or more")
-    sources = find_sources(inputs)
+    sources = find_sources(inputs, window_bytes)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our processes are the parallelism
     setup = Setup(
         sources,

@@ -23,7 +23,7 @@ from typing import Any
 
 import xxhash
 
-from data_tools.corpus import Source, find_sources, slice_of_path
+from data_tools.corpus import WINDOW_BYTES, Source, find_sources, slice_of_path
 from data_tools.documents import DEFAULT_TEXT_KEYS
 from data_tools.errors import UserError
 from data_tools.files import checksum, read_json, write_file, write_json
@@ -58,6 +58,7 @@ def train_tokenizer(
     character_coverage: float = 0.99995,
     text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS,
     slice_shares: Mapping[str, float] | None = None,
+    window_bytes: int = WINDOW_BYTES,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train and write `output` (a .model, or a prefix of one) and X.model.receipt.json; returns
@@ -74,7 +75,7 @@ def train_tokenizer(
     model_path = Path(output) if str(output).endswith(".model") else Path(f"{output}.model")
     if model_path.name == ".model":
         raise UserError(f"--output {output} names no file: write a name such as tokenizer.model")
-    sources = find_sources(inputs)
+    sources = find_sources(inputs, window_bytes)
     wanted = {
         "inputs": [{"path": s.path, "size": s.size, "mtime_ns": s.mtime_ns} for s in sources],
         "options": {**asdict(options), "text_keys": list(text_keys), "slice_shares": dict(shares)},

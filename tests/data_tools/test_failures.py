@@ -200,7 +200,34 @@ def test_zstd_frames_without_size_with_checksum_skippable_and_a_long_window(
         + skippable
     )
     (tmp_path / "x.jsonl.zst").write_bytes(content)
-    tokenize([str(tmp_path / "x.jsonl.zst")], model, tmp_path / "out")
+    tokenize([str(tmp_path / "x.jsonl.zst")], model, tmp_path / "out", window_bytes=1 << 31)
+    assert documents(tmp_path / "out") == expected(tokenizer, GOOD)
+
+
+@pytest.mark.parametrize("kind", ["zst", "zst in one segment", "xz"])
+def test_an_archive_that_needs_much_memory_is_read_on_request(
+    model: str, tokenizer: Tokenizer, tmp_path: Path, kind: str
+) -> None:
+    ending = kind.split()[0]
+    # Each needs 2 MiB or a little more; the single segment for want of any smaller window.
+    lines = [*LINES, b" " * (2 << 20)] if kind == "zst in one segment" else LINES
+    data = b"".join(line + b"\n" for line in lines)
+    if ending == "xz":
+        filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 2 << 20}]
+        content = lzma.compress(data, filters=filters)
+    else:
+        window = zstandard.ZstdCompressionParameters(window_log=21 if kind == "zst" else 27)
+        compressor = zstandard.ZstdCompressor(compression_params=window)
+        stream = compressor.compressobj()  # of unknown size: the window is not made to fit
+        whole = kind != "zst"
+        content = compressor.compress(data) if whole else stream.compress(data) + stream.flush()
+        assert zstandard.get_frame_parameters(content).window_size > 1 << 20
+    path = tmp_path / f"x.jsonl.{ending}"
+    path.write_bytes(content)
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=rf"x\.jsonl\.{ending} .*--max-window-bytes 1048576"):
+            tokenize([str(path)], model, tmp_path / "out", window_bytes=1 << 20, workers=workers)
+    tokenize([str(path)], model, tmp_path / "out", window_bytes=4 << 20)
     assert documents(tmp_path / "out") == expected(tokenizer, GOOD)
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from data_tools.corpus import find_sources
 from data_tools.errors import UserError
@@ -115,6 +116,18 @@ def test_only_the_archives_of_the_task_decide_whether_they_go_whole(
     shares = share_out(find_sources([str(tmp_path)]), Options(task=(0, tasks)))
     assert {share.mode for share in shares} <= {mode, RANGES}
     assert any(share.mode == mode for share in shares)
+
+
+@pytest.mark.parametrize(("log", "mode"), [(23, WHOLE), (24, SPOOLED)])
+def test_archives_with_wide_windows_are_decompressed_one_at_a_time(
+    tmp_path: Path, log: int, mode: str
+) -> None:
+    window = zstandard.ZstdCompressionParameters(window_log=log)
+    stream = zstandard.ZstdCompressor(compression_params=window).compressobj()
+    content = stream.compress(b'{"text": "a"}\n') + stream.flush()
+    (tmp_path / "x.jsonl.zst").write_bytes(content)
+    (share,) = share_out(find_sources([str(tmp_path)]), Options())
+    assert share.mode == mode
 
 
 def test_parquet_of_long_rows_in_one_group_takes_little_memory(tmp_path: Path) -> None:
