@@ -19,7 +19,8 @@ import xxhash
 
 from data_tools.errors import Failure
 from data_tools.signals import held_back
-from data_tools.tables import PREFIX_ALWAYS, PREFIX_NEVER, Unsuitable, load_tables
+from data_tools.space_marks import PREFIX_ALWAYS, PREFIX_NEVER, Unsuitable
+from data_tools.tables import load_tables
 from data_tools.tokenizer import Tokenizer
 
 AUDIT_EVERY = (

@@ -17,29 +17,32 @@ fallback. They are encoded by their own library.
 from __future__ import annotations
 
 import contextlib
-import struct
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
+from data_tools import space_marks
 from data_tools.files import atomic_write, cache_folder
+from data_tools.space_marks import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    PREFIX_ALWAYS,
+    PREFIX_NEVER,
+    SPACE_MARK,
+    UNKNOWN,
+    Unsuitable,
+    huggingface_prefix,
+    parse_model,
+)
 from data_tools.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
-SPACE_MARK = "\u2581"
 NO_SYMBOL = -1
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
-# Prefix rules: a space before every document, only before one that begins with none, or never.
-PREFIX_ALWAYS, PREFIX_UNLESS_SPACE, PREFIX_NEVER = "always", "unless space", "never"
-
-
-class Unsuitable(Exception):
-    """Why this tokenizer is left to its own library."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ def build_tables(tokenizer: Tokenizer) -> Tables:
 
 def load_tables(tokenizer: Tokenizer) -> Tables:
     """`build_tables`, kept in the user's cache folder: building takes a third of a second."""
-    # The key holds this file's own text: changed rules never meet old tables.
-    rules = xxhash.xxh3_64_hexdigest(Path(__file__).read_bytes())
+    # The key holds the text of the files with the rules: changed ones never meet old tables.
+    sources = [Path(__file__), Path(space_marks.__file__)]
+    rules = xxhash.xxh3_64_hexdigest(b"".join(source.read_bytes() for source in sources))
     name = f"{tokenizer.hash.removeprefix('sha256:')[:32]}-{rules}.npz"
     path = cache_folder("tables") / name
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
@@ -84,8 +88,8 @@ def load_tables(tokenizer: Tokenizer) -> Tables:
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Tables:
-    model = _parse_model(tokenizer.model_bytes)
-    if model.model_type != 2:
+    model = parse_model(tokenizer.model_bytes)
+    if model.model_type != BPE:
         raise Unsuitable("the model is not BPE")
     if model.charsmap or model.rules:
         raise Unsuitable("the model normalises its text")
@@ -97,11 +101,11 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Tables:
     scores: dict[str, float] = {}
     bytes_: dict[str, int] = {}
     for number, (piece, score, kind) in enumerate(model.pieces):
-        if kind == _NORMAL:
+        if kind == NORMAL:
             pieces[piece], scores[piece] = number, score
-        elif kind == _BYTE:
+        elif kind == BYTE:
             bytes_[piece] = number
-        elif kind not in (_UNKNOWN, _CONTROL):
+        elif kind not in (UNKNOWN, CONTROL):
             raise Unsuitable("the model has user-defined or unused pieces")
     # Equal scores share a rank: the leftmost pair goes first among them.
     rank = {s: r for r, s in enumerate(sorted(set(scores.values()), reverse=True))}
@@ -130,7 +134,7 @@ def _from_huggingface(tokenizer: HuggingFaceTokenizer) -> Tables:
         raise Unsuitable("the model has no byte fallback")
     if any(not token.get("special") for token in spec.get("added_tokens", [])):
         raise Unsuitable("the model has user-defined tokens")
-    prefix = _huggingface_prefix(spec)
+    prefix = huggingface_prefix(spec)
     vocabulary: dict[str, int] = model["vocab"]
     bytes_ = {
         f"<0x{b:02X}>": vocabulary[f"<0x{b:02X}>"]
@@ -149,39 +153,6 @@ def _from_huggingface(tokenizer: HuggingFaceTokenizer) -> Tables:
         reached[left + right] = vocabulary[left + right]
     symbols = {piece: number for piece, number in vocabulary.items() if len(piece) == 1} | reached
     return _tables(tokenizer.vocab_size, prefix, symbols, merges, bytes_)
-
-
-def _huggingface_prefix(spec: dict[str, Any]) -> str:
-    """How the tokenizer.json of a sentencepiece twin maps spaces. Raises `Unsuitable`."""
-    steps = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
-    steps = steps["normalizers"] if steps["type"] == "Sequence" else [steps]
-    prefix, replaced = PREFIX_NEVER, False
-    for step in steps:
-        if step["type"] == "Prepend" and step["prepend"] == SPACE_MARK:
-            prefix = PREFIX_ALWAYS
-        elif (
-            step["type"] == "Replace"
-            and step["pattern"] == {"String": " "}
-            and step["content"] == SPACE_MARK
-        ):
-            replaced = True
-        else:
-            raise Unsuitable(f"the model has the normaliser {step['type']}")
-    pre = spec.get("pre_tokenizer")
-    if pre:
-        plain = (
-            pre["type"] == "Metaspace"
-            and pre["replacement"] == SPACE_MARK
-            and pre.get("split") is False
-        )
-        if not plain or steps:
-            raise Unsuitable(f"the model has the pre-tokeniser {pre['type']}")
-        replaced = True
-        never = pre.get("prepend_scheme", "always") == "never"
-        prefix = PREFIX_NEVER if never else PREFIX_UNLESS_SPACE
-    if not replaced:
-        raise Unsuitable("the model does not mark spaces")
-    return prefix
 
 
 def _tables(
@@ -247,66 +218,3 @@ def _hash_pairs(merges: list[tuple[int, int, int, int]]) -> tuple[np.ndarray, np
             slots[left] + np.uint64(1),
         )
     return keys, values
-
-
-@dataclass
-class _Model:
-    """The fields of sentencepiece_model.proto that decide the ids, with the proto's defaults."""
-
-    pieces: list[tuple[str, float, int]]
-    model_type: int = 1
-    byte_fallback: bool = False
-    whitespace_suffix: bool = False
-    charsmap: bool = False
-    rules: bool = False
-    add_dummy_prefix: bool = True
-    remove_extra_whitespaces: bool = True
-    escape_whitespaces: bool = True
-
-
-def _parse_model(data: bytes) -> _Model:
-    model = _Model([])
-    for field, value in _fields(data):
-        if field == 1:
-            piece = dict(_fields(value))
-            score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
-            model.pieces.append((bytes(piece.get(1, b"")).decode(), score, piece.get(3, _NORMAL)))
-        elif field == 2:
-            trainer = dict(_fields(value))
-            model.model_type = trainer.get(3, 1)
-            model.byte_fallback = bool(trainer.get(35, False))
-            model.whitespace_suffix = bool(trainer.get(24, False))
-        elif field == 3:
-            normalizer = dict(_fields(value))
-            model.charsmap = bool(normalizer.get(2))
-            model.rules = bool(normalizer.get(6))
-            model.add_dummy_prefix = bool(normalizer.get(3, True))
-            model.remove_extra_whitespaces = bool(normalizer.get(4, True))
-            model.escape_whitespaces = bool(normalizer.get(5, True))
-    return model
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and values of a protobuf message (wire types 0, 1, 2 and 5)."""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = data[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-
-    while position < len(data):
-        tag = varint()
-        kind = tag & 7
-        if kind == 0:
-            yield tag >> 3, varint()
-            continue
-        length = {1: 8, 5: 4}.get(kind) or varint()
-        yield tag >> 3, data[position : position + length]
-        position += length

@@ -10,8 +10,10 @@ control ids. Refuses a file that is no tokenizer, and a special token that the v
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +21,8 @@ import numpy as np
 import orjson
 
 from data_tools.errors import UserError
-from data_tools.long_texts import PIECE, cut, cuts_at_words
+from data_tools.long_texts import PIECE, cut, huggingface_place, sentencepiece_place
+from data_tools.space_marks import parse_model
 
 # What Hugging Face folders call the token that ends a document.
 _HF_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -116,10 +119,21 @@ class SentencePieceTokenizer:
             )
         return int(found)
 
+    @functools.cached_property
+    def _place(self) -> re.Pattern[str] | None:
+        return sentencepiece_place(parse_model(self.model_bytes), self.processor.normalize)
+
     def encode(self, text: str) -> np.ndarray:
+        if _has_long([text]):
+            return self.encode_batch([text])[0]
         return np.array(self.processor.encode(text), dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if _has_long(texts) and self._place:
+            return [_encode_pieces(self._encode, text, self._place) for text in texts]
+        return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(ids, dtype=np.int32) for ids in self.processor.encode(list(texts))]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -158,7 +172,6 @@ class HuggingFaceTokenizer:
         # Control tokens in the text stay text: by default the library turns "</s>" into the id of
         # EOD.
         self.processor.encode_special_tokens = True
-        self._cuts_at_words = cuts_at_words(self.json)
         vocabulary = self.processor.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         configs = _read_configs(file.parent)
@@ -174,12 +187,16 @@ class HuggingFaceTokenizer:
             )
         return vocabulary[token]
 
+    @functools.cached_property
+    def _place(self) -> re.Pattern[str] | None:
+        return huggingface_place(self.json)
+
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self._cuts_at_words and any(len(text) > PIECE for text in texts):
-            return [np.concatenate([self._encode([p])[0] for p in cut(text)]) for text in texts]
+        if _has_long(texts) and self._place:
+            return [_encode_pieces(self._encode, text, self._place) for text in texts]
         return self._encode(texts)
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -194,6 +211,16 @@ class HuggingFaceTokenizer:
         return {
             t["content"]: t["id"] for t in self.json.get("added_tokens", []) if t.get("special")
         }
+
+
+def _has_long(texts: Sequence[str]) -> bool:
+    return any(len(text) > PIECE for text in texts)
+
+
+def _encode_pieces(
+    encode: Callable[[Sequence[str]], list[np.ndarray]], text: str, place: re.Pattern[str]
+) -> np.ndarray:
+    return np.concatenate([encode([piece])[0] for piece in cut(text, place)])
 
 
 def _read_configs(folder: Path) -> dict[str, str]:

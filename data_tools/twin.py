@@ -14,7 +14,8 @@ from typing import Any
 
 from data_tools.errors import UserError
 from data_tools.files import write_json
-from data_tools.tables import SPACE_MARK, Unsuitable, build_tables
+from data_tools.space_marks import SPACE_MARK, Unsuitable
+from data_tools.tables import build_tables
 from data_tools.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 

@@ -223,7 +223,7 @@ def test_a_model_the_kernel_cannot_serve_is_left_to_its_library(
 
 def test_pieces_without_a_dummy_prefix_or_single_characters(tmp_path: Path) -> None:
     """A character may exist only inside longer pieces: it merges, but is no piece itself."""
-    from data_tools.tables import _fields
+    from data_tools.space_marks import _fields
 
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
