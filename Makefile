@@ -10,8 +10,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Tests that share a file share its costly fixtures.
-BOTH_CORES := --numprocesses 2 --dist loadfile
+# Tests that share a file share its costly fixtures; in the order of tests/conftest.py.
+BOTH_CORES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow test-gpu chaos test-slurm lint format docs clean
 .DEFAULT_GOAL := help
