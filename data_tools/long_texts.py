@@ -2,7 +2,7 @@ r"""Cutting a long text where the tokenizer cuts it anyway, so that its ids can 
 what it is given at once, a library takes 40 (sentencepiece) or 160 (Hugging Face) bytes of memory
 a character.
 
-    place = huggingface_place(tokenizer_json)        # or sentencepiece_place(model, normalize)
+    place = huggingface_place(tokenizer_json)        # or sentencepiece_place(model)
     ids = [encode(piece) for piece in cut(text, place)]      # None: whole
 
 Places are spaces before a letter, and single newlines where that can be shown too. Which of them
@@ -23,8 +23,7 @@ are a list: there places are spaces before ASCII letters.
 **Space marks** (sentencepiece BPE; Llama 2, Mistral, Gemma in Hugging Face form). Nothing cuts the
 text before the merges, but no merge goes over a place when no piece holds its last character
 followed by the mark. Where every text gets a space in front, the piece after a place is given
-without its own. A sentencepiece normaliser replaces the longest key it finds: a place is between
-ASCII letters when no key holds one (or a space) but as its first character.
+without its own.
 
 Given whole: Unigram models, whose scores add up in float32 over the whole text, so that a tie may
 fall another way; other models, normalisers (but NFC, which joins neither side) and patterns; added
@@ -34,12 +33,9 @@ tokens that reach over a place; and a text without a place.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
-from string import ascii_letters
 from typing import Any
-
-import numpy as np
 
 from data_tools.space_marks import (
     BPE,
@@ -212,12 +208,14 @@ def _mark_place(pieces: list[str], drop: bool, lines: bool) -> re.Pattern[str] |
     return re.compile(place)
 
 
-def sentencepiece_place(model: Model, normalize: Callable[[str], str]) -> re.Pattern[str] | None:
-    """Where this model lets a text be cut, `normalize` being its normaliser; None: nowhere."""
+def sentencepiece_place(model: Model) -> re.Pattern[str] | None:
+    """Where this model lets a text be cut; None: nowhere."""
     pieces = [piece for piece, _, _ in model.pieces]
     drop = model.add_dummy_prefix
     if (
         model.model_type != BPE
+        or model.charsmap
+        or model.rules
         or SPACE_MARK not in pieces  # unknown, it would be one with an unknown neighbour
         or model.whitespace_suffix
         or not model.escape_whitespaces
@@ -225,32 +223,4 @@ def sentencepiece_place(model: Model, normalize: Callable[[str], str]) -> re.Pat
         or any(" " in piece for piece in pieces)
     ):
         return None
-    if not model.charsmap:
-        return _mark_place(pieces, drop, lines=not drop)
-    if (
-        any(re.search(f"[A-Za-z]{SPACE_MARK}", piece) for piece in pieces)
-        or not _only_first(model.charsmap, ascii_letters + " ")
-        or not all(
-            re.fullmatch(f"{SPACE_MARK}?[A-Za-z]{SPACE_MARK}[A-Za-z]+", normalize(f"{c} {c}{c}"))
-            for c in ascii_letters
-        )
-    ):
-        return None
-    return re.compile(
-        r"(?<=[A-Za-z]) (?=[A-Za-z]{2})" if drop else r"(?<=[A-Za-z])(?= [A-Za-z]{2})"
-    )
-
-
-def _only_first(charsmap: bytes, characters: str) -> bool:
-    """Whether the keys of these rules hold those ASCII characters only at their beginning.
-
-    The rules are a double array (Yata et al. 2007): node t is the child of s by byte c when
-    t = s XOR offset(s) XOR c and c is t's label.
-    """
-    units = np.frombuffer(charsmap[4 : 4 + int.from_bytes(charsmap[:4], "little")], dtype="<u4")
-    nodes = np.arange(len(units), dtype=np.uint32)
-    labels = units & np.uint32(0x800000FF)  # the highest bit: a value
-    offsets = (units >> np.uint32(10)) << ((units & np.uint32(0x200)) >> np.uint32(6))
-    parents = (nodes ^ offsets)[1:][(labels[1:] < 256) & (offsets[1:] > 0)]
-    held = np.isin(labels, np.frombuffer(characters.encode(), dtype=np.uint8))
-    return not np.isin((nodes ^ labels)[held], parents).any()
+    return _mark_place(pieces, drop, lines=not drop)

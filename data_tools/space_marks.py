@@ -29,14 +29,14 @@ class Unsuitable(Exception):
 class Model:
     """The fields of sentencepiece_model.proto that decide the ids, with the proto's defaults.
 
-    Pieces are (text, score, type); `charsmap` is the normaliser's compiled rules.
+    Pieces are (text, score, type); `charsmap` and `rules` say whether the text is normalised.
     """
 
     pieces: list[tuple[str, float, int]]
     model_type: int = 1
     byte_fallback: bool = False
     whitespace_suffix: bool = False
-    charsmap: bytes = b""
+    charsmap: bool = False
     rules: bool = False
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = True
@@ -57,7 +57,7 @@ def parse_model(data: bytes) -> Model:
             model.whitespace_suffix = bool(trainer.get(24, False))
         elif field == 3:
             normalizer = dict(_fields(value))
-            model.charsmap = bytes(normalizer.get(2, b""))
+            model.charsmap = bool(normalizer.get(2))
             model.rules = bool(normalizer.get(6))
             model.add_dummy_prefix = bool(normalizer.get(3, True))
             model.remove_extra_whitespaces = bool(normalizer.get(4, True))

@@ -121,7 +121,7 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def _place(self) -> re.Pattern[str] | None:
-        return sentencepiece_place(parse_model(self.model_bytes), self.processor.normalize)
+        return sentencepiece_place(parse_model(self.model_bytes))
 
     def encode(self, text: str) -> np.ndarray:
         if _has_long([text]):

@@ -102,15 +102,10 @@ MARKS: dict[str, tuple] = {
     "Metaspace never": (None, pre_tokenizers.Metaspace(prepend_scheme="never", split=False)),
 }
 MODELS: dict[str, dict] = {
-    "Llama 2's": {"normalization_rule_name": "identity", "byte_fallback": True,
-                  "remove_extra_whitespaces": False},
-    "Gemma's": {"normalization_rule_name": "identity", "byte_fallback": True,
-                "remove_extra_whitespaces": False, "add_dummy_prefix": False,
+    "Llama 2's": {"byte_fallback": True, "remove_extra_whitespaces": False},
+    "Gemma's": {"byte_fallback": True, "remove_extra_whitespaces": False, "add_dummy_prefix": False,
                 "user_defined_symbols": ["\n", "\n\n", "▁▁", "the", "<b>"]},
-    "the trainer's": {},
-    "nfkc_cf": {"normalization_rule_name": "nfkc_cf", "user_defined_symbols": ["the", "x", "▁▁"]},
-    "spaces kept": {"remove_extra_whitespaces": False, "normalization_rule_name": "nfkc"},
-    "no prefix, spaces kept": {"remove_extra_whitespaces": False, "add_dummy_prefix": False},
+    "white space removed": {"user_defined_symbols": ["the", "x", "▁▁"]},
 }  # fmt: skip
 
 
@@ -141,7 +136,8 @@ def train_marks(name: str) -> Tokenizer:
 
 def train_model(**options) -> sentencepiece.SentencePieceProcessor:
     model = io.BytesIO()
-    options = {"model_type": "bpe", "vocab_size": 400, "hard_vocab_limit": False, **options}
+    options = {"model_type": "bpe", "vocab_size": 400, "hard_vocab_limit": False,
+               "normalization_rule_name": "identity", **options}  # fmt: skip
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.split("\n") * 9), model_writer=model, minloglevel=2, **options
     )
@@ -151,7 +147,7 @@ def train_model(**options) -> sentencepiece.SentencePieceProcessor:
 def place_of(tokenizer):
     if isinstance(tokenizer, Tokenizer):
         return huggingface_place(json.loads(tokenizer.to_str()))
-    return sentencepiece_place(parse_model(tokenizer.serialized_model_proto()), tokenizer.normalize)
+    return sentencepiece_place(parse_model(tokenizer.serialized_model_proto()))
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -214,9 +210,9 @@ GIVEN_WHOLE = {
     "normaliser": lambda: train(GPT2, normalizers.Replace(" ", "_")),
     "NFKC": lambda: train(GPT2, normalizers.NFKC()),
     "Unigram": lambda: train_model(model_type="unigram", vocab_size=100),
+    "sentencepiece's normaliser": lambda: train_model(normalization_rule_name="nmt_nfkc"),
     "mark after the word": lambda: train_model(treat_whitespace_as_suffix=True),
     "spaces lost": lambda: train_model(add_dummy_prefix=False),
-    "user-defined piece over the place": lambda: train_model(user_defined_symbols=["a▁b"]),
 }
 
 
@@ -227,15 +223,12 @@ def test_others_are_given_the_whole_text(name: str) -> None:
 
 def test_no_piece_goes_over_a_place() -> None:
     """Trained without cutting at spaces, pieces hold some: those characters make no place."""
-    tokenizer = train_model(
-        split_by_whitespace=False, normalization_rule_name="identity", vocab_size=120
-    )
+    tokenizer = train_model(split_by_whitespace=False, vocab_size=120)
     pieces = map(tokenizer.id_to_piece, range(tokenizer.vocab_size()))
     before = {a for piece in pieces for a, b in pairwise(piece) if b == "▁"}
     assert before - {"▁"}
     place = place_of(tokenizer)
     assert not any(place.search(f"{a} b") for a in before)
-    assert place_of(train_model(split_by_whitespace=False)) is None  # with a normaliser
 
 
 def test_what_unknown_characters_become_merges_over_no_place() -> None:
@@ -268,27 +261,6 @@ def test_added_tokens_of_spaces_reach_over_none() -> None:
     pieces = list(cut(text, place_of(tokenizer), size=1))
     assert len(pieces) > 1
     assert [i for p in pieces for i in encode(tokenizer, p)] == encode(tokenizer, text)
-
-
-@pytest.mark.parametrize(
-    ("rule", "cut_too"),
-    [
-        ("é=>e", True),
-        ("a =>q", False),  # over the place
-        (" b=>q", False),
-        ("ab=>q", False),  # the letter after the place may be taken by what follows
-        ("a=>", False),
-        ("a=> ", False),
-        (" =>_", False),
-    ],
-)
-def test_rules_of_a_normaliser_that_reach_over_a_place(
-    rule: str, cut_too: bool, tmp_path: Path
-) -> None:
-    file = tmp_path / "rules.tsv"
-    source, target = (" ".join(f"{ord(c):X}" for c in side) for side in rule.split("=>"))
-    file.write_text(f"{source}\t{target}\n")
-    assert bool(place_of(train_model(normalization_rule_tsv=str(file)))) is cut_too
 
 
 @pytest.mark.parametrize("kind", ["model", "json"])
