@@ -5,8 +5,8 @@
 
 JSONL plain, .gz, .zst (any number of frames), .bz2, .xz, and "-" for standard input.
 Refuses inputs that match nothing, a file named twice, and a name that contradicts the content;
-a truncated or corrupt archive is a `Failure` that names the file, never a silent end. So is one
-refused that needs more memory to be read than `window_bytes`: its author decided how much.
+a truncated or corrupt archive is a `Failure` that names the file, never a silent end; one that
+needs more memory than `window_bytes` is a `UserError`: its author decided how much.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _SLICE = re.compile(
 )
 _V2_SLICE = re.compile(r"(?<![a-z])([a-z]{2})_(head|middle|tail)(?![a-z])")
 _READ_BYTES = 1 << 20
-_LARGEST_WINDOW = 1 << 31  # zstd --long=31
+_SMALLEST_WINDOW, _LARGEST_WINDOW = 1 << 20, 1 << 31  # the largest: zstd --long=31
 WINDOW_BYTES = 128 << 20  # zstd's own bound, unless it is told otherwise; xz -9 needs 65 MiB
 
 
@@ -88,7 +88,7 @@ class Source:
 
 def find_sources(inputs: Sequence[str], window_bytes: int = WINDOW_BYTES) -> list[Source]:
     """Files, folders (searched through), globs and "-" to sources, in the order given."""
-    if not _READ_BYTES <= window_bytes <= _LARGEST_WINDOW:
+    if not _SMALLEST_WINDOW <= window_bytes <= _LARGEST_WINDOW:
         raise UserError(
             f"--max-window-bytes {window_bytes} is outside 1 MiB to 2 GiB: write "
             f"{_LARGEST_WINDOW} for all that zstd --long=31 makes"
@@ -125,7 +125,11 @@ def find_sources(inputs: Sequence[str], window_bytes: int = WINDOW_BYTES) -> lis
                 f"input {name} is given twice (also as {seen[real]}): name every file once"
             )
         seen[real] = name
-    return [replace(describe(name), window_bytes=window_bytes) for name in names]
+    sources = [replace(describe(name), window_bytes=window_bytes) for name in names]
+    for source in sources:  # now, not in the middle of the night; later frames when they come
+        if window_bytes < _LARGEST_WINDOW and first_window(source) > window_bytes:
+            raise _too_wide(source)
+    return sources
 
 
 def _files_below(folder: str) -> Iterator[str]:
@@ -295,14 +299,22 @@ class _Streams:
 
 
 def first_window(source: Source) -> int:
-    """Bytes of window that a .zst's first frame asks for; 0 for other files and what is not known
-    of this one."""
+    """Bytes of window that the first frame of a .zst asks for; 0 for other files."""
+    if source.compression != "zst":
+        return 0
     import zstandard
 
     with open(source.path, "rb") as stream, contextlib.suppress(zstandard.ZstdError):
-        if source.compression == "zst":
-            return int(zstandard.get_frame_parameters(stream.read(18)).window_size)
-    return 0
+        return int(zstandard.get_frame_parameters(stream.read(18)).window_size)
+    return 0  # no whole header: reading it will say so
+
+
+def _too_wide(source: Source) -> UserError:
+    return UserError(
+        f"{source.path} needs more memory to be decompressed than --max-window-bytes "
+        f"{source.window_bytes}, as zstd --long and xz --lzma2=dict make them: write up to "
+        f"{_LARGEST_WINDOW} (2 GiB), or compress it again"
+    )
 
 
 def archive_errors() -> tuple[type[BaseException], ...]:
@@ -332,12 +344,10 @@ def read_blocks(
             while block := stream.read(block_bytes):
                 yield block
         except archive_errors() as error:
-            if re.search("too much memory|[Mm]emory usage limit", str(error)):
-                raise UserError(
-                    f"{source.path} needs more memory to be decompressed than --max-window-bytes "
-                    f"{source.window_bytes}, as zstd --long and xz --lzma2=dict make them: write "
-                    f"up to {_LARGEST_WINDOW} (2 GiB), or compress it again"
-                ) from error
+            # As zstandard and lzma say it. The largest bound is met by damaged headers only.
+            wide = re.search("too much memory|[Mm]emory usage limit", str(error))
+            if wide and source.window_bytes < _LARGEST_WINDOW:
+                raise _too_wide(source) from error
             raise Failure(f"{source.path} is truncated or corrupt: {error}") from error
 
 

@@ -3,22 +3,25 @@ what it is given at once, a library takes 40 (sentencepiece) or 160 (Hugging Fac
 a character.
 
     place = huggingface_place(tokenizer_json)        # or sentencepiece_place(model)
-    ids = [encode(piece) for piece in cut(text, place)]      # None: whole
+    pieces = cut(text, place) if place else [text]
 
 Places are spaces before a letter, and single newlines where that can be shown too. Which of them
 are exact is read from the tokenizer's own file; what cannot be shown is given whole.
 
 **Regular expressions** (Hugging Face: GPT-2, GPT-NeoX, OLMo, StarCoder 2, Falcon, Llama 3, Phi-4,
 OLMo 2, Qwen, GPT-4o, gpt-oss, Llama 4, Tekken, BLOOM, DeepSeek). A pattern is a list of
-alternatives. All that are known here have two properties: a space is only the first character of
-a match or among white space, and what lies beyond a match counts (`(?!\S)`, `$`) only after white
-space. So none goes over a place between a visible character and a space, none that ends before it
-depends on what follows, and from there on the text is matched as if it began there. One of
-`_CUTTING` matches at every place (`\s+` whatever follows), so that no unmatched text spans it
-either. The same holds after a newline that follows a visible character and precedes a letter: no
-match takes a newline before a letter, and that one newline is one match with and without what
-follows. Only DeepSeek's first patterns (Coder, V2) have `\s?` before letters, and their letters
-are a list: there places are spaces before ASCII letters.
+alternatives. Of all that are known here it holds that
+- a space is only the first character of a match or among white space: no match goes over a place
+  between a visible character and a space;
+- what lies beyond a match counts (`(?!\S)`, `$`) only after white space: none that ends before the
+  place depends on what follows, and from there on the text is matched as if it began there.
+
+And one of `_CUTTING` matches at every place, so that no text between matches spans it either:
+`\s+` does whatever follows; BLOOM's needs the character after the space, which a step before
+could have taken away. The same holds after a newline that follows a visible character and precedes
+a letter: no match takes a newline before a letter, and that one newline is one match with and
+without what follows. Only DeepSeek's first patterns (Coder, V2) have `\s?` before letters, and
+their letters are a list: there places are spaces before ASCII letters.
 
 **Space marks** (sentencepiece BPE; Llama 2, Mistral, Gemma in Hugging Face form). Nothing cuts the
 text before the merges, but no merge goes over a place when no piece holds its last character
@@ -45,6 +48,7 @@ from data_tools.space_marks import (
     Model,
     Unsuitable,
     huggingface_prefix,
+    steps_of,
 )
 
 PIECE = 1 << 18  # characters
@@ -54,14 +58,16 @@ _SPACES = re.compile(rf"(?<=\S)(?= {_LETTER})|(?<=\S\n)(?={_LETTER})")
 _ASCII_SPACES = re.compile(r"(?<=\S)(?= [A-Za-z])")
 
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_ENDINGS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+_ENDING = f"(?i:{'|'.join(_ENDINGS)})"
 _WORD = r"[^\r\n\p{L}\p{N}]?"
 # DeepSeek's first letters: ranges, the ASCII ones and others beyond, so that none holds a space.
 _LIST = r"\s?[A-Za-z...]+"
 _LISTED = re.compile(r"\\s\?\[A-Za-z(?:[^\x00-\x7f]|-)*\]\+")
-_CUTTING = {r"\s+", " ?[^(\\s|[.,!?…。，、।۔،])]+", r"\s?\p{L}+", _LIST}
+_BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+_CUTTING = {r"\s+", r"\s?\p{L}+", _LIST, _BLOOM}
 _KNOWN = _CUTTING | {
-    *_ENDING.removeprefix("(?i:").removesuffix(")").split("|"),
+    *_ENDINGS,
     _ENDING,
     r" ?\p{L}+",
     rf"{_WORD}\p{{L}}+",
@@ -115,20 +121,13 @@ def huggingface_place(spec: dict[str, Any]) -> re.Pattern[str] | None:
         for name in ("lstrip", "rstrip", "single_word")
     ):
         return None
-    normalizers = _steps(spec.get("normalizer"), "normalizers")
-    steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
-    if all(step["type"] == "NFC" for step in normalizers):
+    steps = steps_of(spec.get("pre_tokenizer"), "pretokenizers")
+    if all(step["type"] == "NFC" for step in steps_of(spec.get("normalizer"), "normalizers")):
         place = _pattern_place(steps)
         if place is not None:
             crossed = any(re.search(r"\S |\n\S", token["content"]) for token in added)
             return None if crossed else place
     return _huggingface_mark_place(spec)
-
-
-def _steps(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    if step is None:
-        return []
-    return step[name] if step["type"] == "Sequence" else [step]
 
 
 def _pattern_place(steps: list[dict[str, Any]]) -> re.Pattern[str] | None:
@@ -149,7 +148,7 @@ def _pattern_place(steps: list[dict[str, Any]]) -> re.Pattern[str] | None:
             alternatives = _alternatives(step["pattern"].get("Regex", ""))
             if not alternatives or not alternatives <= _KNOWN:  # none: a string, not a pattern
                 return None
-            cuts |= bool(alternatives & _CUTTING)
+            cuts |= bool(alternatives & (_CUTTING if step is steps[0] else _CUTTING - {_BLOOM}))
             if any(one.startswith(r"\s?") for one in alternatives) or (
                 alternatives & {r"\s+(?!\S)", r"\s+$"} and r"\s+" not in alternatives
             ):
@@ -187,12 +186,17 @@ def _huggingface_mark_place(spec: dict[str, Any]) -> re.Pattern[str] | None:
     text_tokens = [token for token in added if not token.get("special")]
     if model.get("ignore_merges") or (prefix == PREFIX_ALWAYS and text_tokens):
         return None
-    # Merges may begin with what an unknown character becomes.
-    unknown = f"<0x..>{SPACE_MARK}|" + re.escape((model.get("unk_token") or "<unk>") + SPACE_MARK)
-    if SPACE_MARK not in model["vocab"] or any(re.search(unknown, p) for p in model["vocab"]):
+    # Without a token for unknown characters they are left out, and their neighbours meet.
+    vocabulary, unknown = model["vocab"], model.get("unk_token")
+    if SPACE_MARK not in vocabulary or not unknown:
         return None
-    pieces = [*model["vocab"], *(token["content"].replace(" ", SPACE_MARK) for token in added)]
-    return _mark_place(pieces, drop=prefix == PREFIX_ALWAYS, lines=prefix == PREFIX_NEVER)
+    # Merges may begin with what an unknown character becomes.
+    becomes = re.compile(f"(<0x..>|{re.escape(unknown)}){SPACE_MARK}")
+    if any(map(becomes.search, vocabulary)):
+        return None
+    pieces = [*vocabulary, *(token["content"].replace(" ", SPACE_MARK) for token in added)]
+    lines = prefix == PREFIX_NEVER and "\n" in vocabulary
+    return _mark_place(pieces, drop=prefix == PREFIX_ALWAYS, lines=lines)
 
 
 def _mark_place(pieces: list[str], drop: bool, lines: bool) -> re.Pattern[str] | None:
@@ -203,7 +207,7 @@ def _mark_place(pieces: list[str], drop: bool, lines: bool) -> re.Pattern[str] |
     left = rf"(?<=[^\s{re.escape(''.join(sorted(before | {SPACE_MARK})))}])"
     right = rf"[^\s{SPACE_MARK}]"
     place = rf"{left} (?={right})" if drop else rf"{left}(?= {right})"
-    if lines and "\n" in pieces and not any(re.search(r"\n\S", piece) for piece in pieces):
+    if lines and not any(re.search(r"\n\S", piece) for piece in pieces):
         place += rf"|(?<=\S\n)(?={_LETTER})"
     return re.compile(place)
 
@@ -223,4 +227,4 @@ def sentencepiece_place(model: Model) -> re.Pattern[str] | None:
         or any(" " in piece for piece in pieces)
     ):
         return None
-    return _mark_place(pieces, drop, lines=not drop)
+    return _mark_place(pieces, drop, lines=not drop and "\n" in pieces)

@@ -17,7 +17,7 @@ from data_tools.parts import Part
 
 RANGES, WHOLE, SPOOLED = "ranges", "whole", "spooled"
 _SMALL_BYTES = 8 << 20  # a compressed file of this size is a fraction of a second's work
-_SMALL_WINDOW = 8 << 20  # zstd -19's; wider ones are not decompressed by several workers at once
+_SMALL_WINDOW = 8 << 20  # zstd -19's; .zst with wider ones are decompressed one at a time
 _MANY = 64  # so many compressed files keep every worker busy with whole ones
 
 

@@ -65,13 +65,21 @@ def parse_model(data: bytes) -> Model:
     return model
 
 
+def steps_of(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """The steps of a normaliser or pre-tokeniser of a tokenizer.json; `name` is what a sequence
+    calls them. Each has a "type", which the library does not ask for."""
+    if step is None:
+        return []
+    return [{"type": None, **one} for one in step.get(name, [step])]
+
+
 def huggingface_prefix(spec: dict[str, Any]) -> str:
     """How the tokenizer.json of a sentencepiece twin maps spaces. Raises `Unsuitable`."""
-    steps = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
-    steps = steps["normalizers"] if steps["type"] == "Sequence" else [steps]
+    steps = steps_of(spec.get("normalizer"), "normalizers")
     prefix, replaced = PREFIX_NEVER, False
     for step in steps:
-        if step["type"] == "Prepend" and step["prepend"] == SPACE_MARK:
+        first = prefix == PREFIX_NEVER
+        if step["type"] == "Prepend" and step["prepend"] == SPACE_MARK and first:
             prefix = PREFIX_ALWAYS
         elif (
             step["type"] == "Replace"
@@ -81,8 +89,7 @@ def huggingface_prefix(spec: dict[str, Any]) -> str:
             replaced = True
         else:
             raise Unsuitable(f"the model has the normaliser {step['type']}")
-    pre = spec.get("pre_tokenizer")
-    if pre:
+    for pre in steps_of(spec.get("pre_tokenizer") or None, "pretokenizers"):
         plain = (
             pre["type"] == "Metaspace"
             and pre["replacement"] == SPACE_MARK

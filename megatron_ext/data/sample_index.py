@@ -85,8 +85,8 @@ def _beginnings(
         first, last = -(-token // length), min(samples, (int(ends[-1]) - 1) // length)
         # Sample k begins behind all documents that end at token k * length or before: to count them
         # is much quicker than to search for each sample.
-        last_begun = (ends - 1) // length - (first - 1)  # before each document's end
-        places = np.cumsum(np.bincount(last_begun))[: last - first + 1]
+        begun = (ends - 1) // length + 1 - first  # of these samples, before each document's end
+        places = np.cumsum(np.bincount(begun))[: last - first + 1]
         begins = np.arange(first, last + 1) * length
         out[first : last + 1, 0] = start + places
         out[first : last + 1, 1] = begins - (ends[places] - sizes[places])

@@ -204,7 +204,7 @@ def test_zstd_frames_without_size_with_checksum_skippable_and_a_long_window(
     assert documents(tmp_path / "out") == expected(tokenizer, GOOD)
 
 
-@pytest.mark.parametrize("kind", ["zst", "zst in one segment", "xz"])
+@pytest.mark.parametrize("kind", ["zst", "zst in one segment", "zst later", "xz"])
 def test_an_archive_that_needs_much_memory_is_read_on_request(
     model: str, tokenizer: Tokenizer, tmp_path: Path, kind: str
 ) -> None:
@@ -216,12 +216,16 @@ def test_an_archive_that_needs_much_memory_is_read_on_request(
         filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 2 << 20}]
         content = lzma.compress(data, filters=filters)
     else:
-        window = zstandard.ZstdCompressionParameters(window_log=21 if kind == "zst" else 27)
+        one_segment = kind == "zst in one segment"
+        window = zstandard.ZstdCompressionParameters(window_log=27 if one_segment else 21)
         compressor = zstandard.ZstdCompressor(compression_params=window)
         stream = compressor.compressobj()  # of unknown size: the window is not made to fit
-        whole = kind != "zst"
-        content = compressor.compress(data) if whole else stream.compress(data) + stream.flush()
+        content = (
+            compressor.compress(data) if one_segment else stream.compress(data) + stream.flush()
+        )
         assert zstandard.get_frame_parameters(content).window_size > 1 << 20
+        if kind == "zst later":
+            content = zstandard.compress(b"\n") + content
     path = tmp_path / f"x.jsonl.{ending}"
     path.write_bytes(content)
     for workers in (1, 2):
@@ -229,6 +233,15 @@ def test_an_archive_that_needs_much_memory_is_read_on_request(
             tokenize([str(path)], model, tmp_path / "out", window_bytes=1 << 20, workers=workers)
     tokenize([str(path)], model, tmp_path / "out", window_bytes=4 << 20)
     assert documents(tmp_path / "out") == expected(tokenizer, GOOD)
+
+
+def test_a_damaged_window_is_a_damaged_archive(model: str, tmp_path: Path) -> None:
+    stream = zstandard.ZstdCompressor().compressobj()
+    content = bytearray(stream.compress(b'{"text": "a"}\n') + stream.flush())
+    content[5] = 0xFF  # the window's size
+    (tmp_path / "x.jsonl.zst").write_bytes(content)
+    with pytest.raises(Failure, match=r"x\.jsonl\.zst is truncated or corrupt"):
+        tokenize([str(tmp_path)], model, tmp_path / "out", window_bytes=1 << 31)
 
 
 def test_a_flipped_bit_in_a_checked_archive_is_an_error(

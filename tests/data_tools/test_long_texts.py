@@ -204,6 +204,9 @@ GIVEN_WHOLE = {
     "a string apart": lambda: train(
         pre_tokenizers.Sequence([pre_tokenizers.Split("a b", "isolated"), GPT2])
     ),
+    "BLOOM's pattern, a space at the end of what is left for it": lambda: train(
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), splits(BLOOM)])
+    ),
     "unknown alternative": lambda: train(splits(r"\p{L}+ \p{L}+|\s+")),
     "alternatives that are one group": lambda: train(splits(r"(?:\p{N}|\s+)")),
     "spaces go to the word before": lambda: train(splits(QWEN, behavior="merged_with_previous")),
@@ -234,8 +237,30 @@ def test_no_piece_goes_over_a_place() -> None:
 def test_what_unknown_characters_become_merges_over_no_place() -> None:
     spec = json.loads(FAMILIES["Llama 2"]().to_str())
     assert huggingface_place(spec)
-    for change in ({"ignore_merges": True}, {"vocab": spec["model"]["vocab"] | {"<0xE4>▁": 600}}):
+    for change in (
+        {"ignore_merges": True},
+        {"vocab": spec["model"]["vocab"] | {"<0xE4>▁": 600}},
+        {"unk_token": None},  # unknown characters are left out: their neighbours meet
+    ):
         assert huggingface_place(spec | {"model": spec["model"] | change}) is None
+
+
+def test_a_newline_that_only_a_control_token_knows_is_no_place() -> None:
+    tokenizer = FAMILIES["Gemma"]()
+    spec = json.loads(tokenizer.to_str())
+    assert huggingface_place(spec).search("a\nb")
+    newline = spec["added_tokens"][0] | {"id": 700, "content": "\n", "special": True}
+    del spec["model"]["vocab"]["\n"]
+    spec["added_tokens"].append(newline)
+    assert not huggingface_place(spec).search("a\nb")
+
+
+def test_a_text_with_two_spaces_in_front_is_given_whole() -> None:
+    spec = json.loads(FAMILIES["Llama 2"]().to_str())
+    steps = spec["normalizer"]["normalizers"]
+    assert huggingface_place(spec)
+    spec["normalizer"]["normalizers"] = [steps[0], *steps]
+    assert huggingface_place(spec) is None
 
 
 @pytest.mark.parametrize(
