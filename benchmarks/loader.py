@@ -107,7 +107,7 @@ precision: {{dtype: fp32}}
         def build(config):  # its index with its own cache, and no madvise
             blend.SampleIndex, blend._AT_ONCE = GPTDataset, 1
             blend.mmap.MADV_RANDOM = blend.mmap.MADV_NORMAL
-            return blend._open(config, folder / "theirs")
+            return blend._open(config, folder / "theirs", built=False)
 
     with world(config):
         started = time.perf_counter()

@@ -66,7 +66,7 @@ def build_datasets(config: Config) -> tuple[Dataset, Dataset]:
     )
     if private is not None:
         try:
-            _open(config, private)
+            _open(config, private, built=False)
         except BaseException:
             if dist.get_rank() == 0:  # who builds it: megabytes of no use on a full disk
                 shutil.rmtree(private, ignore_errors=True)
@@ -75,7 +75,7 @@ def build_datasets(config: Config) -> tuple[Dataset, Dataset]:
         if dist.get_rank() == 0:
             _publish(private, cache)
         dist.barrier()
-    return _open(config, cache)
+    return _open(config, cache, built=True)
 
 
 def _cache_key(config: Config) -> str:
@@ -106,8 +106,8 @@ def _publish(private: Path, cache: Path) -> None:
         shutil.rmtree(private, ignore_errors=True)  # another job was faster, with the same content
 
 
-def _open(config: Config, cache: Path) -> tuple[Dataset, Dataset]:
-    """Map the sample index in `cache`; what is missing there rank 0 builds, the others wait."""
+def _open(config: Config, cache: Path, built: bool) -> tuple[Dataset, Dataset]:
+    """Map the sample index in `cache`; if it is not `built`, rank 0 does so and the others wait."""
     corpora = list(config.data.corpora.values())
     fraction = config.data.validation_fraction
     batch = config.training.global_batch_size
@@ -124,6 +124,9 @@ def _open(config: Config, cache: Path) -> tuple[Dataset, Dataset]:
         create_attention_mask=False,
         num_dataset_builder_threads=min(_AT_ONCE, len(corpora)),
     )
+    # Spares each rank the numbers of all documents, 4 bytes each, which only building reads. Set
+    # here because the constructor refuses it for a blend that is split.
+    dataset_config.fast_cache_load = built
     sizes = [
         config.training.batch_sizes.before(config.training.steps),
         config.evaluation.batches * batch,

@@ -47,7 +47,7 @@ RAMPED = "training.rampup_batch_size=[2,2,20]"
 # Name, processes, settings. The two fast ones meet every kind of parallelism but plain 1F1B, which
 # the tests of resuming and of resharding run.
 LAYOUTS = [
-    pytest.param("TP2 SP CP2, documents masked, positions reset", 4, [MASKED, RESET, TP2, SP, CP2]),
+    pytest.param("CP2, documents masked, positions reset", 2, [MASKED, RESET, CP2]),
     pytest.param("PP2 VPP2 DP2, distributed optimizer, overlapped", 4,
                  [PP2, VPP2, DISTRIBUTED, *OVERLAP, GATHER, CHUNKED]),
     *(
@@ -91,6 +91,7 @@ LAYOUTS = [
             ("TP2 tied", 2, [TIED, TP2]),
             ("CP2 PP2, documents masked", 4, [MASKED, CP2, PP2]),
             ("DP2, documents masked", 2, [MASKED]),
+            ("TP2 SP CP2, documents masked, positions reset", 4, [MASKED, RESET, TP2, SP, CP2]),
             ("CP2 PP2, positions reset", 4, [RESET, CP2, PP2]),
             ("CP2, full recompute", 2, [CP2, "training.recompute=full"]),
             ("CP2, selective recompute", 2, [CP2, "training.recompute=selective"]),

@@ -116,7 +116,11 @@ def test_a_folder_scores_as_the_run_that_it_was_exported_from(run: Path, tmp_pat
 
 @pytest.mark.parametrize(
     ("processes", "layout"),
-    [(4, ("--tensor", 2, "--pipeline", 2)), (2, ("--tensor", 2)), (2, ())],
+    [
+        pytest.param(4, ("--tensor", 2, "--pipeline", 2), marks=pytest.mark.slow),
+        (2, ("--tensor", 2)),
+        (2, ()),
+    ],
     ids=["tensor 2 x pipeline 2", "tensor 2", "data 2"],
 )
 def test_every_layout_gives_the_same(run: Path, alone: dict, processes: int, layout: tuple) -> None:
