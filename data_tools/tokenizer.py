@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,16 +84,17 @@ def _read(file: Path) -> bytes:
         raise UserError(f"tokenizer {file} cannot be read: make it readable") from error
 
 
-class _InPieces:
+class _InPieces(ABC):
     """`encode` and `encode_batch` of a library that is not given long texts at once."""
 
     @property
+    @abstractmethod
     def _place(self) -> re.Pattern[str] | None:
-        """Where they may be cut."""
-        raise NotImplementedError
+        """Where they may be cut; None: nowhere."""
 
+    @abstractmethod
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        raise NotImplementedError
+        """The library's ids of each text, int32."""
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
