@@ -35,7 +35,6 @@ def test_every_strike_comes_at_every_moment_before_one_comes_again() -> None:
     assert len(set(draw(10, random.Random(1)))) == 10
 
 
-@pytest.mark.slow
 def test_killed_while_saving_nothing_is_lost(tmp_path: Path, corpus: Path) -> None:
     plan = [("SIGKILL rank", "save")]
     report = chaos(tmp_path, write_config(tmp_path, corpus), len(plan), seed=1, plan=plan)
