@@ -161,7 +161,8 @@ def _add_inputs(add: Any) -> None:
         "--max-window-bytes",
         type=int,
         default=WINDOW_BYTES,
-        help="memory that the window of one .zst or .xz may take, 1 MiB to 2 GiB (%(default)s)",
+        help="memory that the window of one .zst or .xz, or the pages of one .parquet, may take: "
+        "1 MiB to 2 GiB (%(default)s)",
     )
 
 

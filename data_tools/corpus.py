@@ -64,14 +64,15 @@ _SLICE = re.compile(
 )
 _V2_SLICE = re.compile(r"(?<![a-z])([a-z]{2})_(head|middle|tail)(?![a-z])")
 _READ_BYTES = 1 << 20
-_SMALLEST_WINDOW, _LARGEST_WINDOW = 1 << 20, 1 << 31  # the largest: zstd --long=31
+_SMALLEST_WINDOW, LARGEST_WINDOW = 1 << 20, 1 << 31  # the largest: zstd --long=31
 WINDOW_BYTES = 128 << 20  # zstd's own bound, unless it is told otherwise; xz -9 needs 65 MiB
 
 
 @dataclass(frozen=True)
 class Source:
     """One input file. `compression` is "", "gz", "zst", "bz2", "xz" or "parquet"; `window_bytes`
-    is how much memory a .zst or .xz may take for the window it was made with."""
+    is how much memory it may take as it was made: a .zst or .xz for its window, a .parquet for its
+    pages."""
 
     path: str
     compression: str
@@ -88,10 +89,10 @@ class Source:
 
 def find_sources(inputs: Sequence[str], window_bytes: int = WINDOW_BYTES) -> list[Source]:
     """Files, folders (searched through), globs and "-" to sources, in the order given."""
-    if not _SMALLEST_WINDOW <= window_bytes <= _LARGEST_WINDOW:
+    if not _SMALLEST_WINDOW <= window_bytes <= LARGEST_WINDOW:
         raise UserError(
             f"--max-window-bytes {window_bytes} is outside 1 MiB to 2 GiB: write "
-            f"{_LARGEST_WINDOW} for all that zstd --long=31 makes"
+            f"{LARGEST_WINDOW} for all that zstd --long=31 makes"
         )
     names: list[str] = []
     for text in inputs:
@@ -127,7 +128,7 @@ def find_sources(inputs: Sequence[str], window_bytes: int = WINDOW_BYTES) -> lis
         seen[real] = name
     sources = [replace(describe(name), window_bytes=window_bytes) for name in names]
     for source in sources:  # now, not in the middle of the night; later frames when they come
-        if window_bytes < _LARGEST_WINDOW and first_window(source) > window_bytes:
+        if window_bytes < LARGEST_WINDOW and first_window(source) > window_bytes:
             raise _too_wide(source)
     return sources
 
@@ -237,6 +238,8 @@ def slice_of_document(document: dict) -> str | None:
     meta = document.get("meta")
     if isinstance(meta, dict):
         subset = subset or meta.get("redpajama_set_name") or meta.get("source")
+    if isinstance(subset, bytes):  # Parquet without the note that they are text
+        subset = subset.decode(errors="replace")
     if not isinstance(subset, str):
         return None
     words = subset.removeprefix("RedPajama").lower().split("/", 1)[0]
@@ -313,7 +316,7 @@ def _too_wide(source: Source) -> UserError:
     return UserError(
         f"{source.path} needs more memory to be decompressed than --max-window-bytes "
         f"{source.window_bytes}, as zstd --long and xz --lzma2=dict make them: write up to "
-        f"{_LARGEST_WINDOW} (2 GiB), or compress it again"
+        f"{LARGEST_WINDOW} (2 GiB), or compress it again"
     )
 
 
@@ -346,7 +349,7 @@ def read_blocks(
         except archive_errors() as error:
             # As zstandard and lzma say it. The largest bound is met by damaged headers only.
             wide = re.search("too much memory|[Mm]emory usage limit", str(error))
-            if wide and source.window_bytes < _LARGEST_WINDOW:
+            if wide and source.window_bytes < LARGEST_WINDOW:
                 raise _too_wide(source) from error
             raise Failure(f"{source.path} is truncated or corrupt: {error}") from error
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import os
 import struct
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import starmap
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,12 +26,12 @@ import xxhash
 
 from data_tools import indexed
 from data_tools.corpus import Source
-from data_tools.documents import TOO_LONG, TOO_SHORT, parse_line
+from data_tools.documents import TOO_SHORT, Document
 from data_tools.encoding import Encoder, audit
 from data_tools.errors import Failure
-from data_tools.lines import Line, read_lines, split_lines
+from data_tools.lines import Line, split_lines
 from data_tools.options import Options
-from data_tools.parquet import read_rows
+from data_tools.reading import parse_lines, read_all
 from data_tools.receipt import BINS, histogram
 from data_tools.tokenizer import Tokenizer
 
@@ -84,8 +85,8 @@ def encode_part(part: Part, options: Options, worker: Worker) -> Part:
         with open(temporary, "wb") as stream, open(rejects, "w+b") as reject_stream:
             collector = _Collector(worker, options, source, stream, reject_stream)
             try:
-                for line in _lines_of(part, source, options):
-                    collector.take(line)
+                # No variable holds a document while the next one is read.
+                deque(starmap(collector.take, _documents_of(part, source, options)), maxlen=0)
             except ValueError as error:  # a file cut short under our hands
                 raise Failure(f"{source.path} cannot be read: {error}") from error
             collector.finish(part.consumed)
@@ -127,19 +128,15 @@ class _Collector:
         self.counts: dict[str, list[int]] = {}
         self.histogram = np.zeros(BINS, dtype=np.int64)
 
-    def take(self, line: Line) -> None:
+    def take(self, line: Line, document: Document) -> None:
         self.lines += 1
-        if line.size > self.options.max_line_bytes:
-            self.reject(line, TOO_LONG)
-            return
-        document = parse_line(line.data, self.options.text_keys)
         if document.reason is not None:
             self.reject(line, document.reason)
             return
         self.texts.append(document.text)
         self.slices.append(document.slice or self.source.slice)
         self.characters.append(document.characters)
-        self.places.append(line._replace(data=b""))
+        self.places.append(line)
         self.batch_bytes += len(document.text)
         if self.batch_bytes >= BATCH_BYTES:
             self.encode()
@@ -247,25 +244,27 @@ def _count_literal(texts: list[bytes], control: list[bytes]) -> dict[str, int]:
     return found
 
 
-def _lines_of(part: Part, source: Source, options: Options) -> Iterator[Line]:
-    """The lines of a part, numbered from 1 within it, with offsets in the decompressed source."""
+def _documents_of(part: Part, source: Source, options: Options) -> Iterator[tuple[Line, Document]]:
+    """What the lines of a part hold; they are numbered from 1 within it, with offsets in the
+    decompressed source."""
     if part.spool:
-        with open(part.spool, "rb", buffering=0) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            for line in split_lines(
-                iter(lambda: stream.read(1 << 20), b""), options.max_line_bytes
-            ):
-                ends_file = line.offset + line.size == size
-                yield line._replace(
-                    offset=line.offset + part.start,
-                    size=line.size + (part.dropped if ends_file else 0),
-                )
-    elif source.compression == "parquet":
-        yield from read_rows(source, options.text_keys, options.max_line_bytes)
-    elif not source.divisible or (part.start == 0 and part.end >= source.size):
-        yield from read_lines(source, options.max_line_bytes)
+        lines = _spooled_lines(part, options)
+    elif source.divisible and (part.start > 0 or part.end < source.size):
+        lines = _lines_in_range(part, source, options)
     else:
-        yield from _lines_in_range(part, source, options)
+        return read_all(source, options.text_keys, options.max_line_bytes)
+    return parse_lines(lines, options.text_keys, options.max_line_bytes)
+
+
+def _spooled_lines(part: Part, options: Options) -> Iterator[Line]:
+    with open(part.spool, "rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        for line in split_lines(iter(lambda: stream.read(1 << 20), b""), options.max_line_bytes):
+            ends_file = line.offset + line.size == size
+            yield line._replace(
+                offset=line.offset + part.start,
+                size=line.size + (part.dropped if ends_file else 0),
+            )
 
 
 def _lines_in_range(part: Part, source: Source, options: Options) -> Iterator[Line]:

@@ -3,14 +3,14 @@
     rejected = Counter()
     for line, document in read_documents(source, ("text",), rejected): ...
 
-JSONL in every compression, Parquet, standard input; in memory that one line bounds. `tokenize` has
-a reader of its own, which shares files out to workers and lists every rejected line.
+JSONL in every compression, Parquet, standard input; in memory that one line bounds. `tokenize`
+shares files out to workers (parts.py) and lists every rejected line.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from data_tools.corpus import Source
 from data_tools.documents import TOO_LONG, Document, parse_line
@@ -22,19 +22,33 @@ def read_documents(
     source: Source, text_keys: tuple[str, ...], rejected: Counter[str]
 ) -> Iterator[tuple[Line, Document]]:
     """Documents with the line (of Parquet: the row) they stand in."""
-    if source.compression == "parquet":
-        lines = read_rows(source, text_keys, MAX_LINE_BYTES)
-    else:
-        lines = read_lines(source)
-    for line in lines:
-        if line.size > MAX_LINE_BYTES:
-            rejected[TOO_LONG] += 1
-            continue
-        document = parse_line(line.data, text_keys)
+    for line, document in read_all(source, text_keys, MAX_LINE_BYTES):
         if document.reason is None:
             yield line, document
         else:
             rejected[document.reason] += 1
+
+
+def read_all(
+    source: Source, text_keys: tuple[str, ...], max_line_bytes: int
+) -> Iterator[tuple[Line, Document]]:
+    """Every line (of Parquet: row), with its document or the reason why it gives none."""
+    if source.compression == "parquet":
+        return read_rows(source, text_keys, max_line_bytes)
+    return parse_lines(read_lines(source, max_line_bytes), text_keys, max_line_bytes)
+
+
+def parse_lines(
+    lines: Iterable[Line], text_keys: tuple[str, ...], max_line_bytes: int
+) -> Iterator[tuple[Line, Document]]:
+    """What each line holds; the line comes without its data."""
+    return (_parsed(line, text_keys, max_line_bytes) for line in lines)
+
+
+def _parsed(line: Line, text_keys: tuple[str, ...], max_line_bytes: int) -> tuple[Line, Document]:
+    if line.size > max_line_bytes:
+        return line, Document(b"", None, TOO_LONG)
+    return line._replace(data=b""), parse_line(line.data, text_keys)
 
 
 def rejected_words(rejected: dict[str, int]) -> str:

@@ -108,11 +108,12 @@ def _start(setup: Setup, parent: int) -> None:
 
 def _reuse_memory() -> None:
     """Keep freed memory for the next document: by default the C library returns large blocks to the
-    system, and a document of 16 MB then spends as long on fresh pages as on its ids."""
+    system, and a document of 16 MB then spends as long on fresh pages as on its ids. Blocks that
+    only longer ones need do go back, or the longest line would be held several times."""
     if hasattr(library := ctypes.CDLL(None), "mallopt"):  # glibc's
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
         library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_MMAP_THRESHOLD, 31 << 20)  # it takes no more than 32 MiB
 
 
 def _end_with(parent: int) -> None:

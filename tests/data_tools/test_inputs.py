@@ -10,12 +10,10 @@ import zstandard
 
 from data_tools.corpus import find_sources
 from data_tools.errors import UserError
-from data_tools.lines import MAX_LINE_BYTES
 from data_tools.options import Options
-from data_tools.parquet import read_rows
 from data_tools.shares import RANGES, SPOOLED, WHOLE, share_out
 from data_tools.tokenization import tokenize
-from tests.data_tools.conftest import documents, expected, write_compressed, write_jsonl
+from tests.data_tools.conftest import write_compressed, write_jsonl
 
 
 def names(folder: Path) -> list[str]:
@@ -128,25 +126,3 @@ def test_archives_with_wide_windows_are_decompressed_one_at_a_time(
     (tmp_path / "x.jsonl.zst").write_bytes(content)
     (share,) = share_out(find_sources([str(tmp_path)]), Options())
     assert share.mode == mode
-
-
-def test_parquet_of_long_rows_in_one_group_takes_little_memory(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.table({"text": [chr(97 + i % 26) * (4 << 20) for i in range(64)]})
-    # A page a row, one row group.
-    options = {"use_dictionary": False, "write_batch_size": 1, "compression": "none"}
-    parquet.write_table(table, tmp_path / "x.parquet", **options)
-    del table
-    (source,) = find_sources([str(tmp_path / "x.parquet")])
-    held = [pyarrow.total_allocated_bytes() for _ in read_rows(source, ("text",), MAX_LINE_BYTES)]
-    assert len(held) == 64 and max(held) < 64 << 20
-
-
-def test_parquet_with_metadata_of_any_bytes(model: str, tokenizer, tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.table({"text": ["a", "b"], "meta": [b"\xff\xfe", b"arxiv"]})
-    parquet.write_table(table, tmp_path / "x.parquet")
-    tokenize([str(tmp_path / "x.parquet")], model, tmp_path / "out", max_rejected="0")
-    assert documents(tmp_path / "out") == expected(tokenizer, ["a", "b"])

@@ -1,0 +1,232 @@
+"""Parquet: rows of every type that writers choose, and memory that a small file cannot blow up."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools.cli import main
+from data_tools.corpus import WINDOW_BYTES, find_sources
+from data_tools.documents import EMPTY, NO_TEXT, NOT_UTF8, TOO_LONG, WRONG_TYPE
+from data_tools.errors import Failure, UserError
+from data_tools.lines import MAX_LINE_BYTES
+from data_tools.parquet import read_rows
+from data_tools.parquet_pages import largest_pages
+from data_tools.tokenization import tokenize
+
+from .conftest import documents, expected, flip_a_bit, read_lines_of
+
+pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+PLAIN = {"use_dictionary": False, "compression": "none"}
+
+
+def write(path: Path, columns: Any, **options: Any) -> Path:
+    parquet.write_table(pa.table(columns), path, **options)
+    return path
+
+
+def rows(path: Path, window: int = WINDOW_BYTES, most: int = MAX_LINE_BYTES) -> list[tuple]:
+    """(row, size, text, slice, reason, characters) of every row."""
+    (source,) = find_sources([str(path)], window)
+    return [(line.number, line.size, *document)
+            for line, document in read_rows(source, ("text", "raw_content"), most)]  # fmt: skip
+
+
+def texts(path: Path) -> list[str]:
+    return [text.decode() for _, _, text, *_ in rows(path)]
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(),
+     pa.dictionary(pa.int32(), pa.string()), pa.json_()],
+    ids=str,
+)  # fmt: skip
+def test_text_of_every_type(type_: Any, tmp_path: Path) -> None:
+    given = ["plain", "naïve 🙂", "", None, '"quoted"\n']
+    values = [v if v is None or "binary" not in str(type_) else v.encode() for v in given]
+    path = write(tmp_path / "x.parquet", {"text": pa.array(values).cast(type_)})
+    found = [(text.decode(), reason, count) for _, _, text, _, reason, count in rows(path)]
+    assert found == [
+        ("plain", None, 5),
+        ("naïve 🙂", None, 7),
+        ("", EMPTY, 0),
+        ("", WRONG_TYPE, 0),
+        ('"quoted"\n', None, 9),
+    ]
+
+
+def test_what_is_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "number.parquet", {"text": [1, None], "raw_content": ["a", "b"]})
+    assert [row[4] for row in rows(path)] == [WRONG_TYPE] * 2
+    path = write(tmp_path / "nested.parquet", {"text": [{"a": "b"}], "raw_content": ["a"]})
+    assert [row[4] for row in rows(path)] == [WRONG_TYPE]
+    path = write(tmp_path / "no.parquet", {"content": ["a", "b"]})
+    assert [(row[0], row[4]) for row in rows(path)] == [(1, NO_TEXT), (2, NO_TEXT)]
+    values = [b"good", b"\xff", b"\xed\xa0\x80", "cut é".encode()[:-1], b"x" * (1 << 20) + b"\xc3"]
+    path = write(tmp_path / "bytes.parquet", {"text": values})
+    assert [row[4] for row in rows(path)] == [None, *[NOT_UTF8] * 4]
+    assert rows(write(tmp_path / "none.parquet", {"text": pa.array([], pa.string())})) == []
+
+
+def test_characters_of_long_texts(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    text = "".join(rng.choices("aé東🙂", k=1_500_000))
+    ((_, size, content, _, _, count),) = rows(write(tmp_path / "x.parquet", {"text": [text]}))
+    assert (size, content.decode(), count) == (len(text.encode()), text, len(text))
+
+
+def test_slices_from_columns_and_structures(tmp_path: Path) -> None:
+    meta = [{"source": "arxiv", "url": "u"}, {"source": None, "url": "u"}, None]
+    path = write(tmp_path / "c4.parquet", {"text": ["a", "b", "c"], "meta": meta})
+    assert [row[3] for row in rows(path)] == ["arxiv", None, None]
+    meta = [{"redpajama_set_name": b"RedPajamaGithub"}, {"redpajama_set_name": b"\xff"}]
+    path = write(tmp_path / "slim.parquet", {"text": ["a", "b"], "meta": meta})
+    assert [row[3] for row in rows(path)] == ["github", None]
+    subset = {"text": ["a", "b"], "red_pajama_subset": ["book", "wikipedia"]}
+    assert [row[3] for row in rows(write(tmp_path / "v1.parquet", subset))] == ["book", "wikipedia"]
+
+
+def test_metadata_of_any_bytes(model: str, tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", {"text": ["a", "b"], "meta": [b"\xff\xfe", b"arxiv"]})
+    tokenize([str(path)], model, tmp_path / "out", max_rejected="0")
+    assert documents(tmp_path / "out") == expected(tokenizer, ["a", "b"])
+
+
+def test_long_rows_in_one_group_take_little_memory(tmp_path: Path) -> None:
+    table = {"text": [chr(97 + i % 26) * (4 << 20) for i in range(64)]}
+    path = write(tmp_path / "x.parquet", table, write_batch_size=1, **PLAIN)  # a page a row
+    del table
+    (source,) = find_sources([str(path)])
+    held = [pa.total_allocated_bytes() for _ in read_rows(source, ("text",), MAX_LINE_BYTES)]
+    assert len(held) == 64 and max(held) < 32 << 20
+
+
+@pytest.mark.parametrize("encoding", ["RLE_DICTIONARY", "DELTA_BYTE_ARRAY"])
+def test_a_value_that_is_stored_once_is_not_held_for_many_rows(
+    encoding: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {}
+    if encoding != "RLE_DICTIONARY":
+        options = {"use_dictionary": False, "column_encoding": {"text": encoding}}
+    path = write(tmp_path / "x.parquet", {"text": ["a" * (8 << 20)] * 20}, **options)
+    assert path.stat().st_size < 1 << 20
+    (source,) = find_sources([str(path)])
+    held = [pa.total_allocated_bytes() for _ in read_rows(source, ("text",), MAX_LINE_BYTES)]
+    assert len(held) == 20 and max(held) < 48 << 20
+
+
+def test_a_huge_row_is_refused_by_its_file_or_rejected_with_its_place(
+    model: str, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "x.parquet", {"text": ["one", "a" * (3 << 20), "three"]}, **PLAIN)
+    command = ["tokenize", str(path), "--tokenizer", model, "--output", str(tmp_path / "out"),
+               "--max-line-bytes", str(2 << 20), "--max-rejected", "1"]  # fmt: skip
+    assert main([*command, "--max-window-bytes", str(3 << 20)]) == 2
+    said = capsys.readouterr().err
+    assert f"{path} has pages that need 3,1" in said and "write 3145" in said
+    assert not (tmp_path / "out.bin").exists()
+    needed = said.split("write ")[1].split(",")[0]
+    assert main([*command, "--max-window-bytes", needed]) == 0
+    assert documents(tmp_path / "out") == expected(tokenizer, ["one", "three"])
+    (record,) = read_lines_of(tmp_path / "out.rejected.jsonl")
+    assert record == {
+        "file": str(path), "line": 2, "offset": 0, "bytes": 3 << 20, "reason": TOO_LONG,
+    }  # fmt: skip
+
+
+def test_a_huge_row_is_not_copied(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", {"text": ["a", "b" * 5000]}, **PLAIN)
+    assert [(row[1], row[2], row[4]) for row in rows(path, most=4999)] == [
+        (1, b"a", None),
+        (5000, b"", TOO_LONG),
+    ]
+    assert [row[4] for row in rows(path, most=5000)] == [None, None]
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "zstd", "snappy"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_pages_against_what_was_written(
+    version: str, compression: str, dictionary: bool, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(3)
+    values = [rng.bytes(int(size)).hex() for size in rng.integers(0, 3000, 700)]
+    columns = {"text": values, "meta": [{"source": "c4", "url": v[:9]} for v in values]}
+    path = write(
+        tmp_path / "x.parquet", columns, compression=compression, use_dictionary=dictionary,
+        data_page_version=version, data_page_size=20_000, write_batch_size=7, row_group_size=400,
+        dictionary_pagesize_limit=50_000, write_page_checksum=True,
+    )  # fmt: skip
+    metadata = parquet.read_metadata(path)
+    pages = largest_pages(str(path), metadata, ["text"])
+    # Whatever the headers say, pyarrow has filled each page until it held 20,000 bytes.
+    largest = 50_000 + 7 * 6000 if dictionary else 20_000 + 7 * 6000
+    assert 20_000 <= pages.decoded <= largest
+    assert pages.decoded <= pages.memory <= 3 * largest
+    more = largest_pages(str(path), metadata, ["text", "meta.url", "meta.source"])
+    assert more.decoded == pages.decoded and more.memory > pages.memory
+    assert more == largest_pages(str(path), metadata, ["text", "meta"])
+    assert largest_pages(str(path), metadata, ["tex", "meta.sourc"]) == (0, 0)
+
+
+def test_the_largest_page_to_the_byte(tmp_path: Path) -> None:
+    for count in (1, 3):
+        path = write(tmp_path / f"{count}.parquet", {"text": ["a" * 5000] * count}, **PLAIN)
+        levels = 6  # none is missing: the length of a run, and the run
+        page = count * (4 + 5000) + levels
+        assert largest_pages(str(path), parquet.read_metadata(path), ["text"]) == (page, page)
+    path = write(tmp_path / "d.parquet", {"text": ["a" * 5000, "b"] * 9}, compression="none")
+    dictionary = 4 + 5000 + 4 + 1
+    assert largest_pages(str(path), parquet.read_metadata(path), ["text"]) == (
+        2 * dictionary + 2 * 16,
+        dictionary,
+    )
+
+
+def test_long_statistics_before_a_page(tmp_path: Path) -> None:
+    values = [letter * 3000 for letter in "abc"]
+    options = {"write_statistics": True, "data_page_size": 1, "write_batch_size": 1, **PLAIN}
+    path = write(tmp_path / "x.parquet", {"text": values}, **options)
+    header = path.read_bytes()[4:].index(b"aaaa")
+    assert header > 0
+    assert largest_pages(str(path), parquet.read_metadata(path), ["text"]).decoded >= 3000
+    assert texts(path) == values
+
+
+def test_a_flipped_bit_is_found_where_pages_have_checksums(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "x.parquet", {"text": ["a", "m" * 99, "z"]}, write_page_checksum=True, **PLAIN
+    )
+    flip_a_bit(path, path.read_bytes().index(b"mmmm") + 7)
+    with pytest.raises(Failure, match=r"x\.parquet is truncated or corrupt: .*CRC"):
+        rows(path)
+
+
+def test_damaged_files_fail_in_our_way_or_are_read(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    original = write(
+        tmp_path / "x.parquet",
+        {"text": ["some text", "more of it", "🙂" * 50] * 20, "meta": [{"source": "c4"}] * 60},
+        data_page_size=300, write_batch_size=5, compression="none",
+    ).read_bytes()  # fmt: skip
+    path = tmp_path / "x.parquet"
+    failed = 0
+    for _ in range(400):
+        damaged = bytearray(original)
+        for _ in range(rng.randrange(1, 4)):
+            damaged[rng.randrange(4, len(damaged))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del damaged[rng.randrange(4, len(damaged)) :]
+        path.write_bytes(damaged)
+        try:
+            rows(path)
+        except (Failure, UserError):
+            failed += 1
+    assert 100 < failed < 400
