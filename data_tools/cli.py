@@ -18,7 +18,7 @@ from data_tools import commands
 from data_tools.corpus import WINDOW_BYTES
 from data_tools.errors import Failure, UserError
 from data_tools.lines import MAX_LINE_BYTES
-from data_tools.options import available_cores
+from data_tools.options import Options, available_cores
 
 EXAMPLES = {
     "tokenize": """examples:
@@ -184,6 +184,13 @@ def _add_tokenize(add: Any) -> None:
     add("--min-tokens", type=int, default=0, help="leave out shorter documents (%(default)s)")
     longest = MAX_LINE_BYTES
     add("--max-line-bytes", type=int, default=longest, help="reject longer lines (%(default)s)")
+    add(
+        "--max-uncut-bytes",
+        type=int,
+        default=Options.max_uncut_bytes,
+        help="reject texts of which a tokenizer's own library, which takes up to 400 times their "
+        "size in memory, would be given more at once (%(default)s)",
+    )
     add("--shard-tokens", type=int, default=0, help="several pairs of about so many tokens (one)")
     add("--seed", type=int, help="put documents in an order this seed decides (input order)")
     add("--task", default="0/1", metavar="I/N", help="encode the I-th of N shares; then `merge`")

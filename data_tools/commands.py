@@ -31,6 +31,7 @@ def run_tokenize(given: Namespace) -> None:
         text_keys=_words(given.text_key),
         min_tokens=given.min_tokens,
         max_line_bytes=given.max_line_bytes,
+        max_uncut_bytes=given.max_uncut_bytes,
         shard_tokens=given.shard_tokens,
         seed=given.seed,
         task=task,

@@ -27,6 +27,7 @@ WRONG_TYPE = "text is not a string"
 SURROGATE = "lone surrogate in text"
 TOO_LONG = "line too long"
 TOO_SHORT = "fewer than --min-tokens tokens"
+UNCUT = "more than --max-uncut-bytes in one piece"
 HARMLESS = frozenset({BLANK, EMPTY, TOO_SHORT})
 
 DEFAULT_TEXT_KEYS = ("text", "raw_content")  # RedPajama v1, v2

@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from data_tools.errors import Failure
+from data_tools.long_texts import PIECE
 from data_tools.signals import held_back
 from data_tools.space_marks import PREFIX_ALWAYS, PREFIX_NEVER, Unsuitable
 from data_tools.tables import load_tables
@@ -34,6 +35,10 @@ class Encoder(Protocol):
     """Texts are UTF-8 and not empty; `before` and `after` are ids put around each (-1: none)."""
 
     note: str
+    batch_bytes: int  # of text that it is best given at once
+
+    def uncut(self, text: bytes) -> int:
+        """Bytes of the longest piece for a library, which takes much memory for each of them."""
 
     def encode(
         self, texts: Sequence[bytes], before: int = -1, after: int = -1
@@ -77,9 +82,14 @@ def make_encoder(tokenizer: Tokenizer, fast: bool = True) -> Encoder:
 class LibraryEncoder:
     """The tokenizer's own library, for every document."""
 
+    batch_bytes = 1 << 20  # whose encodings a library holds together
+
     def __init__(self, tokenizer: Tokenizer, note: str) -> None:
         self.note = note
         self._tokenizer = tokenizer
+
+    def uncut(self, text: bytes) -> int:
+        return len(text) if len(text) <= PIECE else self._tokenizer.longest_piece(text.decode())
 
     def encode(
         self, texts: Sequence[bytes], before: int = -1, after: int = -1
@@ -98,10 +108,14 @@ class KernelEncoder:
     """The compiled kernel."""
 
     note = ""
+    batch_bytes = 2 << 20  # fits the processor's last cache
 
     def __init__(self, kernel, prefix: str) -> None:
         self._kernel = kernel
         self._prefix = prefix
+
+    def uncut(self, text: bytes) -> int:
+        return 0
 
     def encode(
         self, texts: Sequence[bytes], before: int = -1, after: int = -1

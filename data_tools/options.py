@@ -16,6 +16,7 @@ from typing import Any
 from data_tools.documents import DEFAULT_TEXT_KEYS
 from data_tools.errors import UserError
 from data_tools.lines import MAX_LINE_BYTES
+from data_tools.long_texts import PIECE
 
 
 def available_cores() -> int:
@@ -34,6 +35,7 @@ class Options:
     text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS
     min_tokens: int = 0
     max_line_bytes: int = MAX_LINE_BYTES
+    max_uncut_bytes: int = 1 << 20  # that a tokenizer's library is given at once
     shard_tokens: int = 0  # 0: one pair of files
     seed: int | None = None  # None: documents stay in input order
     task: tuple[int, int] = (0, 1)
@@ -47,6 +49,7 @@ class Options:
                 f"--max-line-bytes {self.max_line_bytes} is outside 1 KiB to 1 GiB: longer lines "
                 "cannot be held in memory, shorter ones are no documents"
             )
+        check_count("--max-uncut-bytes", self.max_uncut_bytes, 2 * PIECE)
         check_seed(self.seed)
         if not 0 <= self.task[0] < self.task[1]:
             raise UserError(

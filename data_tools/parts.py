@@ -26,7 +26,7 @@ import xxhash
 
 from data_tools import indexed
 from data_tools.corpus import Source
-from data_tools.documents import TOO_SHORT, Document
+from data_tools.documents import TOO_SHORT, UNCUT, Document
 from data_tools.encoding import Encoder, audit
 from data_tools.errors import Failure
 from data_tools.lines import Line, split_lines
@@ -35,7 +35,6 @@ from data_tools.reading import parse_lines, read_all
 from data_tools.receipt import BINS, histogram
 from data_tools.tokenizer import Tokenizer
 
-BATCH_BYTES = 2 << 20  # of text encoded at once: fits the processor's last cache
 # Bytes of ids, of lengths, of rejects, of statistics; xxh3 of all of them; magic.
 _TRAILER = struct.Struct("<QQQQ8s8s")
 _MAGIC = b"DTPART2\0"
@@ -133,12 +132,15 @@ class _Collector:
         if document.reason is not None:
             self.reject(line, document.reason)
             return
+        if self.worker.encoder.uncut(document.text) > self.options.max_uncut_bytes:
+            self.reject(line, UNCUT)
+            return
         self.texts.append(document.text)
         self.slices.append(document.slice or self.source.slice)
         self.characters.append(document.characters)
         self.places.append(line)
         self.batch_bytes += len(document.text)
-        if self.batch_bytes >= BATCH_BYTES:
+        if self.batch_bytes >= self.worker.encoder.batch_bytes:
             self.encode()
 
     def reject(self, line: Line, reason: str) -> None:

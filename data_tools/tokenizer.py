@@ -14,7 +14,7 @@ import functools
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> np.ndarray: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+    def longest_piece(self, text: str) -> int:
+        """Bytes of UTF-8 of the longest piece of it that the library is given at once."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
@@ -100,10 +103,20 @@ class _InPieces(ABC):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if all(len(text) <= PIECE for text in texts) or self._place is None:
+        if all(len(text) <= PIECE for text in texts):
             return self._encode(texts)
-        pieces = [cut(text, self._place) for text in texts]
-        return [np.concatenate([self._encode([p])[0] for p in one]) for one in pieces]
+        return [
+            np.concatenate([self._encode([piece])[0] for piece in self._pieces(text)])
+            for text in texts
+        ]
+
+    def longest_piece(self, text: str) -> int:
+        return max(len(piece.encode()) for piece in self._pieces(text))
+
+    def _pieces(self, text: str) -> Iterable[str]:
+        if len(text) <= PIECE or self._place is None:
+            return [text]
+        return cut(text, self._place)
 
 
 class SentencePieceTokenizer(_InPieces):

@@ -21,9 +21,12 @@ from tokenizers import (
     trainers,
 )
 
+from data_tools.cli import main
 from data_tools.long_texts import _SPACES, PIECE, cut, huggingface_place, sentencepiece_place
 from data_tools.space_marks import parse_model
 from data_tools.tokenizer import load_tokenizer
+
+from .conftest import documents, read_lines_of, write_jsonl
 
 TEXT = (
     "the cat's hat isn't a 12 345 x\n\n  of  they'll\tn A b'S I d' t l'l été 中文 a \u0301b e c "
@@ -310,3 +313,36 @@ def test_a_library_is_given_a_long_text_in_pieces(
     assert len(given_sizes) == 3 and max(given_sizes) < PIECE + 100
     for one, wanted in zip(tokenizer.encode_batch([text, "the"]), [text, "the"], strict=True):
         assert np.array_equal(one, encode_given([wanted])[0])
+
+
+@pytest.mark.parametrize("kind", ["model", "json"])
+@pytest.mark.parametrize("cuts", [True, False])
+def test_what_a_library_would_be_given_whole_is_rejected_with_its_place(
+    kind: str, cuts: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"tokenizer.{kind}"
+    if kind == "model":
+        model = train_model() if cuts else train_model(model_type="unigram", vocab_size=100)
+        file.write_bytes(model.serialized_model_proto())
+    else:
+        made = FAMILIES["Llama 2"]()
+        if not cuts:
+            made.normalizer = normalizers.Sequence([normalizers.NFKC(), made.normalizer])
+        made.save(str(file))
+    least = 2 * PIECE
+    book = "the cat's hat isn't é\n" * 30_000
+    texts = ["short", book, "a" * least, "b" * (least + 1), "the end"]
+    write_jsonl(tmp_path / "x.jsonl", texts)
+    command = ["tokenize", str(tmp_path / "x.jsonl"), "--tokenizer", str(file), "--no-append-eod",
+               "--no-fast", "--output", str(tmp_path / "out")]  # fmt: skip
+    assert main([*command, "--max-uncut-bytes", str(least - 1)]) == 2
+    assert f"{least - 1} is too small: write {least} or more" in capsys.readouterr().err
+    assert main([*command, "--max-uncut-bytes", str(least)]) == 2
+    reason = "more than --max-uncut-bytes in one piece"
+    assert f"{2 - cuts} {reason}" in capsys.readouterr().err
+    assert main([*command, "--max-uncut-bytes", str(least), "--max-rejected", "2"]) == 0
+    rejected = [(r["line"], r["reason"]) for r in read_lines_of(tmp_path / "out.rejected.jsonl")]
+    assert rejected == [(line, reason) for line in ((4,) if cuts else (2, 4))]
+    assert main([*command, "--overwrite"]) == 0  # a million may be whole
+    tokenizer = load_tokenizer(file)
+    assert documents(tmp_path / "out") == [tokenizer._encode([t])[0].tolist() for t in texts]
