@@ -48,7 +48,7 @@ def read_rows(
             names = set(file.schema_arrow.names)
             key = next((key for key in text_keys if key in names), "")
             columns = [key, *_SLICE]
-            pages = largest_pages(source.path, file.metadata, columns)
+            pages = largest_pages(source.path, columns)
             if pages.memory > source.window_bytes < LARGEST_WINDOW:
                 raise _too_wide(source, pages.memory)
             # A dictionary may give one long value to many rows.

@@ -1,28 +1,34 @@
 """What reading a Parquet file takes of memory, from the headers of its pages: none is decompressed.
 
-    pages = largest_pages(path, metadata, ("text", "meta.source"))
+    pages = largest_pages(path, ("text", "meta.source"))
     pages.memory, pages.decoded        # bytes
 
 A page is decompressed whole, and writers bound it in rows, not in bytes: one of pyarrow's holds
 1,024 of them, however long. The metadata at the end of a file tells only the sum of a column's
-pages, so the header before each page is read (Apache Parquet format, parquet.thrift: PageHeader,
-in Thrift's compact protocol).
+pages, so the header before each page is read (Apache Parquet format, parquet.thrift, in Thrift's
+compact protocol). The metadata is read here too: pyarrow ends the process where that of a column is
+damaged.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 _HEADER_BYTES = (1 << 10, 16 << 20)  # of nearly all; of one that holds long statistics
-# Fields of PageHeader.
-_TYPE, _DECODED, _STORED, _DICTIONARY_HEADER = 1, 2, 3, 7
-_DICTIONARY_PAGE = 2
+# Fields by their numbers: FileMetaData, RowGroup, ColumnChunk, ColumnMetaData,
+_ROW_GROUPS, _CHUNKS, _METADATA = 4, 1, 3
+_PATH, _VALUES, _CHUNK_BYTES, _FIRST_PAGE, _FIRST_DICTIONARY = 3, 5, 7, 9, 11
+# PageHeader, DictionaryPageHeader.
+_TYPE, _DECODED, _STORED, _DICTIONARY_HEADER, _ENTRIES = 1, 2, 3, 7, 1
+_DICTIONARY_PAGE = 2  # a type
 _ENTRY_BYTES = 16  # of an entry's address and length, as pyarrow keeps a dictionary
-
 # Types of Thrift's compact protocol; 0 ends a structure.
-_WIDTHS = {1: 0, 2: 0, 3: 1, 7: 8}  # true, false (the type is the value), a byte, a double
-_INTEGERS, _BINARY, _STRUCT = (4, 5, 6), 8, 12
+_BOOLEANS, _INTEGERS, _BINARY, _LISTS, _STRUCT = (1, 2), (4, 5, 6), 8, (9, 10), 12
+_WIDTHS = {1: 1, 2: 1, 3: 1, 7: 8}  # in bytes: booleans in a list, a byte, a double
+
+_Struct = dict[int, Any]
 
 
 class Pages(NamedTuple):
@@ -33,88 +39,125 @@ class Pages(NamedTuple):
     decoded: int
 
 
-def largest_pages(path: str, metadata: Any, columns: Sequence[str]) -> Pages:
-    """Of a file with this metadata (pyarrow's), if these columns are read, which may be fields of
-    structures ("meta.source"). Raises `ValueError` where a header is damaged."""
+def largest_pages(path: str, columns: Sequence[str]) -> Pages:
+    """Of a file, if these columns are read, which may be fields of structures ("meta.source").
+    Raises `ValueError` where metadata or headers are damaged."""
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            groups = [_of_group(stream, chunks, columns) for chunks in _row_groups(stream)]
+    except (LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        raise ValueError("its metadata, or the header of a page, cannot be read") from error
+    return Pages(
+        max((g.memory for g in groups), default=0), max((g.decoded for g in groups), default=0)
+    )
+
+
+def _row_groups(stream: BinaryIO) -> list[list[_Struct]]:
+    """The metadata of each row group's column chunks."""
+    end = stream.seek(-8, os.SEEK_END)
+    size = int.from_bytes(stream.read(4), "little")
+    stream.seek(end - size)
+    metadata, _ = _read_struct(stream.read(size), 0)
+    return [[chunk[_METADATA] for chunk in group[_CHUNKS]] for group in metadata[_ROW_GROUPS]]
+
+
+def _of_group(stream: BinaryIO, chunks: list[_Struct], columns: Sequence[str]) -> Pages:
     memory = decoded = 0
-    with open(path, "rb", buffering=0) as stream:
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            together = 0
-            for chunk in map(group.column, range(group.num_columns)):
-                name = chunk.path_in_schema
-                if any(name == column or name.startswith(f"{column}.") for column in columns):
-                    dictionary = page = 0
-                    for header in _headers(stream, chunk):
-                        size = header[_DECODED]
-                        decoded = max(decoded, size)
-                        page = max(page, header[_STORED], size)
-                        if header[_TYPE] == _DICTIONARY_PAGE:  # a copy of it is kept
-                            entries = header.get(_DICTIONARY_HEADER, {}).get(1, 0)
-                            dictionary = size + _ENTRY_BYTES * entries
-                    together += dictionary + page
-            memory = max(memory, together)
+    for chunk in chunks:
+        name = b".".join(chunk[_PATH]).decode(errors="replace")
+        if any(name == column or name.startswith(f"{column}.") for column in columns):
+            dictionary = page = 0
+            for header in _headers(stream, chunk):
+                page = max(page, header[_STORED], header[_DECODED])
+                decoded = max(decoded, header[_DECODED])
+                if header[_TYPE] == _DICTIONARY_PAGE:  # a copy of it is kept
+                    entries = header[_DICTIONARY_HEADER][_ENTRIES]
+                    dictionary = header[_DECODED] + _ENTRY_BYTES * entries
+            memory += dictionary + page
     return Pages(memory, decoded)
 
 
-def _headers(stream: BinaryIO, chunk: Any) -> Iterator[dict[int, Any]]:
+def _headers(stream: BinaryIO, chunk: _Struct) -> Iterator[_Struct]:
     """The page headers of a column chunk."""
-    at = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
-    end = at + chunk.total_compressed_size
-    while at < end and chunk.num_values:  # of none, the offsets may be anything
+    if not chunk[_VALUES]:  # then the offsets may be anything
+        return
+    at = min(chunk[_FIRST_PAGE], chunk.get(_FIRST_DICTIONARY) or chunk[_FIRST_PAGE])
+    end = at + chunk[_CHUNK_BYTES]
+    while at < end:
         header, size = _header(stream, at)
-        if not {_TYPE, _DECODED, _STORED} <= header.keys() or header[_STORED] < 0:
+        if header[_STORED] < 0:
             raise ValueError(f"no page begins at byte {at:,}")
         yield header
         at += size + header[_STORED]
 
 
-def _header(stream: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
+def _header(stream: BinaryIO, at: int) -> tuple[_Struct, int]:
     """The header at a byte of the file, and its size in bytes."""
     for most in _HEADER_BYTES:
         stream.seek(at)
         try:
-            return _struct(stream.read(most), 0)
-        except (IndexError, RecursionError):  # it goes on behind what was read, or is none
+            return _read_struct(stream.read(most), 0)
+        except IndexError:  # it goes on behind what was read, or is none
             continue
     raise ValueError(f"no page header ends before byte {at + most:,}")
 
 
-def _struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
-    """Integers and structures by their field's number, and where the structure ends."""
-    fields: dict[int, Any] = {}
+def _read_struct(data: bytes, at: int) -> tuple[_Struct, int]:
+    """The fields of the structure at `at` by their numbers, and where it ends."""
+    fields: _Struct = {}
     number = 0
-    while kind := data[at]:
+    while head := data[at]:
         at += 1
-        if kind >> 4:
-            number += kind >> 4
+        if head >> 4:
+            number += head >> 4
         else:
-            number, at = _integer(data, at)
-        kind &= 15
-        if kind in _INTEGERS:
-            fields[number], at = _integer(data, at)
-        elif kind == _STRUCT:
-            fields[number], at = _struct(data, at)
-        elif kind == _BINARY:
-            size, at = _unsigned(data, at)
-            at += size
-        elif kind in _WIDTHS:
-            at += _WIDTHS[kind]
+            number, at = _read_integer(data, at)
+        kind = head & 15
+        if kind in _BOOLEANS:  # in a structure, the type is the value
+            fields[number] = kind
         else:
-            raise ValueError(f"a page header holds a field of type {kind}")
+            fields[number], at = _read(data, at, kind)
     return fields, at + 1
 
 
-def _unsigned(data: bytes, at: int) -> tuple[int, int]:
+def _read(data: bytes, at: int, kind: int) -> tuple[Any, int]:
+    """A value of a type and where it ends; IndexError where it goes on behind the data."""
+    if kind in _INTEGERS:
+        return _read_integer(data, at)
+    if kind == _BINARY:
+        size, at = _read_unsigned(data, at)
+        if at + size > len(data):
+            raise IndexError
+        return data[at : at + size], at + size
+    if kind == _STRUCT:
+        return _read_struct(data, at)
+    if kind in _LISTS:
+        size, kind = data[at] >> 4, data[at] & 15
+        at += 1
+        if size == 15:
+            size, at = _read_unsigned(data, at)
+        values = []
+        for _ in range(size):
+            value, at = _read(data, at, kind)
+            values.append(value)
+        return values, at
+    if kind in _WIDTHS:
+        end = at + _WIDTHS[kind]
+        return data[end - 1], end  # of no interest
+    raise ValueError(f"a page header or the metadata holds a field of type {kind}")
+
+
+def _read_unsigned(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 64, 7):
         value |= (data[at] & 127) << shift
         at += 1
         if data[at - 1] < 128:
             return value, at
-    raise ValueError("a page header holds a number of more than 64 bits")
+    raise ValueError("a page header or the metadata holds a number of more than 64 bits")
 
 
-def _integer(data: bytes, at: int) -> tuple[int, int]:
+def _read_integer(data: bytes, at: int) -> tuple[int, int]:
     """Zigzag: 0, -1, 1, -2, ... are 0, 1, 2, 3, ..."""
-    value, at = _unsigned(data, at)
+    value, at = _read_unsigned(data, at)
     return value >> 1 ^ -(value & 1), at
