@@ -188,8 +188,8 @@ def _add_tokenize(add: Any) -> None:
         "--max-uncut-bytes",
         type=int,
         default=Options.max_uncut_bytes,
-        help="reject texts of which a tokenizer's own library, which takes up to 400 times their "
-        "size in memory, would be given more at once (%(default)s)",
+        help="reject texts with a longer piece that only the tokenizer's own library can encode, "
+        "in up to 400 times its size of memory; 0 takes all (%(default)s)",
     )
     add("--shard-tokens", type=int, default=0, help="several pairs of about so many tokens (one)")
     add("--seed", type=int, help="put documents in an order this seed decides (input order)")

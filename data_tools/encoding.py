@@ -18,7 +18,6 @@ import numpy as np
 import xxhash
 
 from data_tools.errors import Failure
-from data_tools.long_texts import PIECE
 from data_tools.signals import held_back
 from data_tools.space_marks import PREFIX_ALWAYS, PREFIX_NEVER, Unsuitable
 from data_tools.tables import load_tables
@@ -36,9 +35,6 @@ class Encoder(Protocol):
 
     note: str
     batch_bytes: int  # of text that it is best given at once
-
-    def uncut(self, text: bytes) -> int:
-        """Bytes of the longest piece for a library, which takes much memory for each of them."""
 
     def encode(
         self, texts: Sequence[bytes], before: int = -1, after: int = -1
@@ -88,9 +84,6 @@ class LibraryEncoder:
         self.note = note
         self._tokenizer = tokenizer
 
-    def uncut(self, text: bytes) -> int:
-        return len(text) if len(text) <= PIECE else self._tokenizer.longest_piece(text.decode())
-
     def encode(
         self, texts: Sequence[bytes], before: int = -1, after: int = -1
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -113,9 +106,6 @@ class KernelEncoder:
     def __init__(self, kernel, prefix: str) -> None:
         self._kernel = kernel
         self._prefix = prefix
-
-    def uncut(self, text: bytes) -> int:
-        return 0
 
     def encode(
         self, texts: Sequence[bytes], before: int = -1, after: int = -1

@@ -35,7 +35,7 @@ class Options:
     text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS
     min_tokens: int = 0
     max_line_bytes: int = MAX_LINE_BYTES
-    max_uncut_bytes: int = 1 << 20  # that a tokenizer's library is given at once
+    max_uncut_bytes: int = 4 * PIECE  # that a tokenizer's library is given at once; 0: any number
     shard_tokens: int = 0  # 0: one pair of files
     seed: int | None = None  # None: documents stay in input order
     task: tuple[int, int] = (0, 1)
@@ -49,7 +49,8 @@ class Options:
                 f"--max-line-bytes {self.max_line_bytes} is outside 1 KiB to 1 GiB: longer lines "
                 "cannot be held in memory, shorter ones are no documents"
             )
-        check_count("--max-uncut-bytes", self.max_uncut_bytes, 2 * PIECE)
+        if self.max_uncut_bytes:  # pieces are of PIECE characters, of up to four bytes
+            check_count("--max-uncut-bytes", self.max_uncut_bytes, 4 * PIECE)
         check_seed(self.seed)
         if not 0 <= self.task[0] < self.task[1]:
             raise UserError(

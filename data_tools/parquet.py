@@ -20,7 +20,7 @@ from data_tools.parquet_pages import largest_pages
 
 _ROWS = 16  # decoded at once, or as many as hold about so many bytes of text:
 _BYTES = 8 << 20
-_DECODED = 1 << 20  # bytes of text at once
+_STEP = 1 << 20  # bytes of text at once
 _SLICE = ("red_pajama_subset", "meta.redpajama_set_name", "meta.source")
 
 
@@ -45,17 +45,25 @@ def read_rows(
         with pyarrow.parquet.ParquetFile(
             source.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
         ) as file:
-            names = set(file.schema_arrow.names)
-            key = next((key for key in text_keys if key in names), "")
-            columns = [key, *_SLICE]
+            schema = file.schema_arrow
+            key = next((key for key in text_keys if key in schema.names), None)
+            columns = [name for name in (key, *_SLICE) if name and _is_text(schema, name)]
+            if schema.names.count(key) > 1:
+                raise UserError(
+                    f"{source.path} has several columns named {key}: write the file again with "
+                    "one, or name another --text-key"
+                )
             pages = largest_pages(source.path, columns)
-            if pages.memory > source.window_bytes < LARGEST_WINDOW:
-                raise _too_wide(source, pages.memory)
+            if pages.held > source.window_bytes < LARGEST_WINDOW:
+                raise _too_wide(source, pages.held)
             # A dictionary may give one long value to many rows.
-            rows = max(1, min(_ROWS, _BYTES // max(1, pages.decoded)))
-            number = 0
+            rows = max(1, min(_ROWS, _BYTES // max(1, pages.largest)))
+            number = taken = 0
             for batch in file.iter_batches(batch_size=rows, columns=columns, use_threads=False):
-                pyarrow.default_memory_pool().release_unused()  # what decoding took
+                taken += batch.nbytes
+                if taken >= _BYTES:  # what decoding needed besides goes back now and then
+                    pyarrow.default_memory_pool().release_unused()
+                    taken = 0
                 for i in range(batch.num_rows):
                     number += 1
                     yield _row(batch, i, number, key, max_line_bytes)
@@ -63,11 +71,37 @@ def read_rows(
         raise Failure(f"{source.path} is truncated or corrupt: {error}") from error
 
 
-def _row(batch: Any, i: int, number: int, key: str, max_line_bytes: int) -> tuple[Line, Document]:
-    text: Any = batch.column(key)[i] if key else None
-    while hasattr(text, "value"):  # of a dictionary, or of an extension as JSON's
+def _is_text(schema: Any, name: str) -> bool:
+    """Whether a column, or a field of a structure, holds strings. Others are not read: a list may
+    hold one long value many times in a row."""
+    from pyarrow import types
+
+    type_: Any = None
+    for part in name.split(".") if name in _SLICE else [name]:
+        found = schema.get_all_field_indices(part) if schema is not None else []
+        if len(found) != 1:
+            return False
+        type_ = schema.field(found[0]).type
+        schema = type_ if types.is_struct(type_) else None
+    while types.is_dictionary(type_):
+        type_ = type_.value_type
+    type_ = getattr(type_, "storage_type", type_)  # of an extension, as JSON's
+    return any(
+        is_text(type_)
+        for is_text in (
+            types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
+            types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary,
+        )
+    )  # fmt: skip
+
+
+def _row(
+    batch: Any, i: int, number: int, key: str | None, max_line_bytes: int
+) -> tuple[Line, Document]:
+    text: Any = batch.column(key)[i] if key in batch.schema.names else None
+    while hasattr(text, "value"):  # of a dictionary, or of an extension
         text = text.value
-    buffer = text.as_buffer() if hasattr(text, "as_buffer") else None
+    buffer = text.as_buffer() if text is not None else None
     line = Line(number, 0, buffer.size if buffer else 0, b"")
     if buffer is None:
         return line, Document(b"", None, WRONG_TYPE if key else NO_TEXT)
@@ -86,14 +120,14 @@ def _characters(text: bytes) -> int:
     """How many there are. As a string they would take up to four times the memory of the text."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     return sum(
-        len(decoder.decode(text[at : at + _DECODED], at + _DECODED >= len(text)))
-        for at in range(0, len(text), _DECODED)
+        len(decoder.decode(text[at : at + _STEP], at + _STEP >= len(text)))
+        for at in range(0, len(text), _STEP)
     )
 
 
-def _too_wide(source: Source, memory: int) -> UserError:
+def _too_wide(source: Source, held: int) -> UserError:
     return UserError(
-        f"{source.path} has pages that need {memory:,} bytes of memory to be read, more than "
-        f"--max-window-bytes {source.window_bytes}: write {min(memory, LARGEST_WINDOW)}, or write "
+        f"{source.path} has pages of {held:,} bytes, which have to be held whole, more than "
+        f"--max-window-bytes {source.window_bytes}: write {min(held, LARGEST_WINDOW)}, or write "
         "the file again with smaller pages (pyarrow: write_batch_size, use_dictionary=False)"
     )

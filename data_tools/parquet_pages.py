@@ -1,7 +1,7 @@
 """What reading a Parquet file takes of memory, from the headers of its pages: none is decompressed.
 
     pages = largest_pages(path, ("text", "meta.source"))
-    pages.memory, pages.decoded        # bytes
+    pages.held, pages.largest          # bytes
 
 A page is decompressed whole, and writers bound it in rows, not in bytes: one of pyarrow's holds
 1,024 of them, however long. The metadata at the end of a file tells only the sum of a column's
@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-_HEADER_BYTES = (1 << 10, 16 << 20)  # of nearly all; of one that holds long statistics
+_HEADER_BYTES = (1 << 10, 1 << 14, 1 << 18, 16 << 20)  # tried in turn: statistics can be long
 # Fields by their numbers: FileMetaData, RowGroup, ColumnChunk, ColumnMetaData,
 _ROW_GROUPS, _CHUNKS, _METADATA = 4, 1, 3
 _PATH, _VALUES, _CHUNK_BYTES, _FIRST_PAGE, _FIRST_DICTIONARY = 3, 5, 7, 9, 11
@@ -29,14 +29,22 @@ _BOOLEANS, _INTEGERS, _BINARY, _LISTS, _STRUCT = (1, 2), (4, 5, 6), 8, (9, 10), 
 _WIDTHS = {1: 1, 2: 1, 3: 1, 7: 8}  # in bytes: booleans in a list, a byte, a double
 
 _Struct = dict[int, Any]
+# The fields of a structure to keep, and those of the structures in them.
+_Wanted = dict[int, "_Wanted"]
+_OF_CHUNK: _Wanted = {
+    number: {} for number in (_PATH, _VALUES, _CHUNK_BYTES, _FIRST_PAGE, _FIRST_DICTIONARY)
+}
+_OF_FILE: _Wanted = {_ROW_GROUPS: {_CHUNKS: {_METADATA: _OF_CHUNK}}}
+_OF_PAGE: _Wanted = {_TYPE: {}, _DECODED: {}, _STORED: {}, _DICTIONARY_HEADER: {_ENTRIES: {}}}
 
 
 class Pages(NamedTuple):
-    """`memory`: the most bytes that the pages of one row group take at a time, in all columns;
-    `decoded`: bytes of the largest page, which no value exceeds."""
+    """`held`: the most bytes that the pages of a row group take while its rows are read, one of
+    each column and its dictionary (while a page is decoded, it comes on top as it is stored);
+    `largest`: bytes of the largest page, which no value exceeds."""
 
-    memory: int
-    decoded: int
+    held: int
+    largest: int
 
 
 def largest_pages(path: str, columns: Sequence[str]) -> Pages:
@@ -45,11 +53,9 @@ def largest_pages(path: str, columns: Sequence[str]) -> Pages:
     try:
         with open(path, "rb", buffering=0) as stream:
             groups = [_of_group(stream, chunks, columns) for chunks in _row_groups(stream)]
-    except (LookupError, TypeError, ArithmeticError, RecursionError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError("its metadata, or the header of a page, cannot be read") from error
-    return Pages(
-        max((g.memory for g in groups), default=0), max((g.decoded for g in groups), default=0)
-    )
+    return Pages(*map(max, zip(Pages(0, 0), *groups, strict=True)))
 
 
 def _row_groups(stream: BinaryIO) -> list[list[_Struct]]:
@@ -57,24 +63,24 @@ def _row_groups(stream: BinaryIO) -> list[list[_Struct]]:
     end = stream.seek(-8, os.SEEK_END)
     size = int.from_bytes(stream.read(4), "little")
     stream.seek(end - size)
-    metadata, _ = _read_struct(stream.read(size), 0)
+    metadata, _ = _read_struct(stream.read(size), 0, _OF_FILE)
     return [[chunk[_METADATA] for chunk in group[_CHUNKS]] for group in metadata[_ROW_GROUPS]]
 
 
 def _of_group(stream: BinaryIO, chunks: list[_Struct], columns: Sequence[str]) -> Pages:
-    memory = decoded = 0
+    held = largest = 0
     for chunk in chunks:
         name = b".".join(chunk[_PATH]).decode(errors="replace")
         if any(name == column or name.startswith(f"{column}.") for column in columns):
             dictionary = page = 0
             for header in _headers(stream, chunk):
                 page = max(page, header[_STORED], header[_DECODED])
-                decoded = max(decoded, header[_DECODED])
+                largest = max(largest, header[_DECODED])
                 if header[_TYPE] == _DICTIONARY_PAGE:  # a copy of it is kept
                     entries = header[_DICTIONARY_HEADER][_ENTRIES]
                     dictionary = header[_DECODED] + _ENTRY_BYTES * entries
-            memory += dictionary + page
-    return Pages(memory, decoded)
+            held += dictionary + page
+    return Pages(held, largest)
 
 
 def _headers(stream: BinaryIO, chunk: _Struct) -> Iterator[_Struct]:
@@ -96,14 +102,15 @@ def _header(stream: BinaryIO, at: int) -> tuple[_Struct, int]:
     for most in _HEADER_BYTES:
         stream.seek(at)
         try:
-            return _read_struct(stream.read(most), 0)
+            return _read_struct(stream.read(most), 0, _OF_PAGE)
         except IndexError:  # it goes on behind what was read, or is none
             continue
     raise ValueError(f"no page header ends before byte {at + most:,}")
 
 
-def _read_struct(data: bytes, at: int) -> tuple[_Struct, int]:
-    """The fields of the structure at `at` by their numbers, and where it ends."""
+def _read_struct(data: bytes, at: int, wanted: _Wanted) -> tuple[_Struct, int]:
+    """Fields of the structure at `at` by their numbers, and where it ends; IndexError where it
+    goes on behind the data."""
     fields: _Struct = {}
     number = 0
     while head := data[at]:
@@ -113,15 +120,14 @@ def _read_struct(data: bytes, at: int) -> tuple[_Struct, int]:
         else:
             number, at = _read_integer(data, at)
         kind = head & 15
-        if kind in _BOOLEANS:  # in a structure, the type is the value
-            fields[number] = kind
-        else:
-            fields[number], at = _read(data, at, kind)
+        if kind not in _BOOLEANS:  # in a structure, their type is the value
+            value, at = _read(data, at, kind, wanted.get(number, {}))
+            if number in wanted:
+                fields[number] = value
     return fields, at + 1
 
 
-def _read(data: bytes, at: int, kind: int) -> tuple[Any, int]:
-    """A value of a type and where it ends; IndexError where it goes on behind the data."""
+def _read(data: bytes, at: int, kind: int, wanted: _Wanted) -> tuple[Any, int]:
     if kind in _INTEGERS:
         return _read_integer(data, at)
     if kind == _BINARY:
@@ -130,7 +136,7 @@ def _read(data: bytes, at: int, kind: int) -> tuple[Any, int]:
             raise IndexError
         return data[at : at + size], at + size
     if kind == _STRUCT:
-        return _read_struct(data, at)
+        return _read_struct(data, at, wanted)
     if kind in _LISTS:
         size, kind = data[at] >> 4, data[at] & 15
         at += 1
@@ -138,7 +144,7 @@ def _read(data: bytes, at: int, kind: int) -> tuple[Any, int]:
             size, at = _read_unsigned(data, at)
         values = []
         for _ in range(size):
-            value, at = _read(data, at, kind)
+            value, at = _read(data, at, kind, wanted)
             values.append(value)
         return values, at
     if kind in _WIDTHS:

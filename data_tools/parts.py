@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import starmap
+from itertools import starmap, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +31,7 @@ from data_tools.encoding import Encoder, audit
 from data_tools.errors import Failure
 from data_tools.lines import Line, split_lines
 from data_tools.options import Options
-from data_tools.reading import parse_lines, read_all
+from data_tools.reading import parse_lines, parse_source
 from data_tools.receipt import BINS, histogram
 from data_tools.tokenizer import Tokenizer
 
@@ -84,7 +84,7 @@ def encode_part(part: Part, options: Options, worker: Worker) -> Part:
         with open(temporary, "wb") as stream, open(rejects, "w+b") as reject_stream:
             collector = _Collector(worker, options, source, stream, reject_stream)
             try:
-                # No variable holds a document while the next one is read.
+                # Neither here nor below does a variable hold a line while the next one is read.
                 deque(starmap(collector.take, _documents_of(part, source, options)), maxlen=0)
             except ValueError as error:  # a file cut short under our hands
                 raise Failure(f"{source.path} cannot be read: {error}") from error
@@ -132,7 +132,10 @@ class _Collector:
         if document.reason is not None:
             self.reject(line, document.reason)
             return
-        if self.worker.encoder.uncut(document.text) > self.options.max_uncut_bytes:
+        if 0 < self.options.max_uncut_bytes < len(document.text) and (
+            self.worker.tokenizer.longest_piece(document.text.decode())
+            > self.options.max_uncut_bytes
+        ):
             self.reject(line, UNCUT)
             return
         self.texts.append(document.text)
@@ -254,19 +257,20 @@ def _documents_of(part: Part, source: Source, options: Options) -> Iterator[tupl
     elif source.divisible and (part.start > 0 or part.end < source.size):
         lines = _lines_in_range(part, source, options)
     else:
-        return read_all(source, options.text_keys, options.max_line_bytes)
+        return parse_source(source, options.text_keys, options.max_line_bytes)
     return parse_lines(lines, options.text_keys, options.max_line_bytes)
 
 
 def _spooled_lines(part: Part, options: Options) -> Iterator[Line]:
     with open(part.spool, "rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
-        for line in split_lines(iter(lambda: stream.read(1 << 20), b""), options.max_line_bytes):
-            ends_file = line.offset + line.size == size
-            yield line._replace(
-                offset=line.offset + part.start,
-                size=line.size + (part.dropped if ends_file else 0),
-            )
+
+        def placed(line: Line) -> Line:
+            dropped = part.dropped if line.offset + line.size == size else 0
+            return line._replace(offset=line.offset + part.start, size=line.size + dropped)
+
+        blocks = iter(lambda: stream.read(1 << 20), b"")
+        yield from map(placed, split_lines(blocks, options.max_line_bytes))
 
 
 def _lines_in_range(part: Part, source: Source, options: Options) -> Iterator[Line]:
@@ -288,10 +292,13 @@ def _lines_in_range(part: Part, source: Source, options: Options) -> Iterator[Li
         if position >= part.end:
             return
         stream.seek(position)
-        for line in split_lines(iter(lambda: stream.read(1 << 20), b""), options.max_line_bytes):
-            if line.offset + position >= part.end:
-                return
-            yield line._replace(offset=line.offset + position)
+        blocks = iter(lambda: stream.read(1 << 20), b"")
+        lines = split_lines(blocks, options.max_line_bytes)
+
+        def placed(line: Line) -> Line:
+            return line._replace(offset=line.offset + position)
+
+        yield from takewhile(lambda line: line.offset < part.end, map(placed, lines))
 
 
 @dataclass(frozen=True)

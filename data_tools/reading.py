@@ -22,14 +22,14 @@ def read_documents(
     source: Source, text_keys: tuple[str, ...], rejected: Counter[str]
 ) -> Iterator[tuple[Line, Document]]:
     """Documents with the line (of Parquet: the row) they stand in."""
-    for line, document in read_all(source, text_keys, MAX_LINE_BYTES):
+    for line, document in parse_source(source, text_keys, MAX_LINE_BYTES):
         if document.reason is None:
             yield line, document
         else:
             rejected[document.reason] += 1
 
 
-def read_all(
+def parse_source(
     source: Source, text_keys: tuple[str, ...], max_line_bytes: int
 ) -> Iterator[tuple[Line, Document]]:
     """Every line (of Parquet: row), with its document or the reason why it gives none."""
@@ -42,13 +42,13 @@ def parse_lines(
     lines: Iterable[Line], text_keys: tuple[str, ...], max_line_bytes: int
 ) -> Iterator[tuple[Line, Document]]:
     """What each line holds; the line comes without its data."""
-    return (_parsed(line, text_keys, max_line_bytes) for line in lines)
 
+    def parse(line: Line) -> tuple[Line, Document]:
+        if line.size > max_line_bytes:
+            return line, Document(b"", None, TOO_LONG)
+        return line._replace(data=b""), parse_line(line.data, text_keys)
 
-def _parsed(line: Line, text_keys: tuple[str, ...], max_line_bytes: int) -> tuple[Line, Document]:
-    if line.size > max_line_bytes:
-        return line, Document(b"", None, TOO_LONG)
-    return line._replace(data=b""), parse_line(line.data, text_keys)
+    return map(parse, lines)  # unlike a loop, it does not hold the last one
 
 
 def rejected_words(rejected: dict[str, int]) -> str:

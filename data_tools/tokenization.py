@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from data_tools import indexed
 from data_tools.assembly import Assembler
 from data_tools.corpus import WINDOW_BYTES, Source, find_sources
 from data_tools.documents import HARMLESS
-from data_tools.encoding import make_encoder
+from data_tools.encoding import Encoder, make_encoder
 from data_tools.errors import Failure, UserError
 from data_tools.files import checksum, write_json
 from data_tools.options import Allowance, Options
@@ -77,6 +78,9 @@ def tokenize(
     )
     loaded = setup.tokenizer()
     _refuse_missing_tokens(loaded, options)
+    encoder = make_encoder(loaded, fast)
+    if not encoder.note:  # the kernel takes texts of any length, which is another output
+        options = replace(options, max_uncut_bytes=0)
     wanted = {
         "inputs": [{"path": s.path, "size": s.size, "mtime_ns": s.mtime_ns} for s in sources],
         "tokenizer": {"hash": loaded.hash, "eod_id": loaded.eod_id, "bos_id": loaded.bos_id},
@@ -87,7 +91,9 @@ def tokenize(
         return known
     with work_folder(prefix, wanted, overwrite) as folder:
         if not (folder / "publish.json").exists():
-            run = _Run(folder, sources, loaded, options, prefix, allowance, setup, workers, quiet)
+            run = _Run(
+                folder, sources, loaded, encoder, options, prefix, allowance, setup, workers, quiet
+            )
             receipt = {
                 "format": FORMAT,
                 "kind": "tokens",
@@ -121,6 +127,7 @@ class _Run:
         folder: Path,
         sources: list[Source],
         tokenizer: Tokenizer,
+        encoder: Encoder,
         options: Options,
         prefix: Path,
         allowance: Allowance,
@@ -128,7 +135,8 @@ class _Run:
         workers: int,
         quiet: bool,
     ) -> None:
-        self.folder, self.sources, self.tokenizer = folder, sources, tokenizer
+        self.folder, self.sources = folder, sources
+        self.tokenizer, self.encoder = tokenizer, encoder
         self.options, self.prefix, self.allowance = options, prefix, allowance
         self.setup, self.worker_count, self.quiet = setup, workers, quiet
         self.shares = share_out(sources, options)
@@ -142,13 +150,12 @@ class _Run:
         """Encode, assemble, complete; returns the receipt's body."""
         for stale in (*self.setup.folder.glob("*.spool"), *self.setup.folder.glob(".*.tmp*")):
             stale.unlink(missing_ok=True)
-        encoder = make_encoder(self.tokenizer, self.setup.fast)
-        if encoder.note:
-            print(f"tokenize: {encoder.note}", file=sys.stderr)
+        if self.encoder.note:
+            print(f"tokenize: {self.encoder.note}", file=sys.stderr)
         total = sum(share.end - share.start for share in self.shares)
         with (
             Workers(
-                self.worker_count, self.setup, self.options, self.tokenizer, encoder
+                self.worker_count, self.setup, self.options, self.tokenizer, self.encoder
             ) as workers,
             Progress("tokenize", total, self.quiet) as self.progress,
         ):
@@ -161,7 +168,7 @@ class _Run:
         return {
             "inputs": entries,
             "tokenizer": describe_tokenizer(self.tokenizer),
-            "encoder": encoder.note or "the compiled kernel",
+            "encoder": self.encoder.note or "the compiled kernel",
             "options": self.options.recorded(),
             "counts": self.assembler.totals.counts(),
             "lengths": self.assembler.totals.histogram,

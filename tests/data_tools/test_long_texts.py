@@ -329,20 +329,41 @@ def test_what_a_library_would_be_given_whole_is_rejected_with_its_place(
         if not cuts:
             made.normalizer = normalizers.Sequence([normalizers.NFKC(), made.normalizer])
         made.save(str(file))
-    least = 2 * PIECE
-    book = "the cat's hat isn't é\n" * 30_000
+    least = 4 * PIECE
+    book = "the cat's hat isn't é\n" * 60_000
     texts = ["short", book, "a" * least, "b" * (least + 1), "the end"]
     write_jsonl(tmp_path / "x.jsonl", texts)
     command = ["tokenize", str(tmp_path / "x.jsonl"), "--tokenizer", str(file), "--no-append-eod",
                "--no-fast", "--output", str(tmp_path / "out")]  # fmt: skip
     assert main([*command, "--max-uncut-bytes", str(least - 1)]) == 2
     assert f"{least - 1} is too small: write {least} or more" in capsys.readouterr().err
-    assert main([*command, "--max-uncut-bytes", str(least)]) == 2
+    assert main(command) == 2
     reason = "more than --max-uncut-bytes in one piece"
     assert f"{2 - cuts} {reason}" in capsys.readouterr().err
-    assert main([*command, "--max-uncut-bytes", str(least), "--max-rejected", "2"]) == 0
+    assert main([*command, "--max-rejected", "2"]) == 0
     rejected = [(r["line"], r["reason"]) for r in read_lines_of(tmp_path / "out.rejected.jsonl")]
     assert rejected == [(line, reason) for line in ((4,) if cuts else (2, 4))]
-    assert main([*command, "--overwrite"]) == 0  # a million may be whole
+    assert main([*command, "--max-uncut-bytes", "0"]) == 2  # made with other options
+    assert main([*command, "--max-uncut-bytes", "0", "--overwrite"]) == 0
     tokenizer = load_tokenizer(file)
     assert documents(tmp_path / "out") == [tokenizer._encode([t])[0].tolist() for t in texts]
+
+
+def test_what_the_kernel_and_the_library_made_is_not_mixed(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(tmp_path / "x.jsonl", ["short", "b" * (4 * PIECE + 1), "the end"])
+    command = ["tokenize", str(tmp_path / "x.jsonl"), "--tokenizer", model, "--max-rejected", "1"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert main([*command, "--output", str(tmp_path / "out"), "--no-fast"]) == 2
+    for task in range(2):
+        fast = ["--fast", "--no-fast"][task]
+        assert main([*command, "--output", str(tmp_path / "t"), "--task", f"{task}/2", fast]) == 0
+    capsys.readouterr()
+    tasks = [str(path) for path in sorted(tmp_path.glob("t.*.idx"))]
+    assert main(["merge", *tasks, "--output", str(tmp_path / "all")]) == 2
+    assert "different options" in capsys.readouterr().err
+    assert main([*command, "--output", str(tmp_path / "a"), "--max-uncut-bytes", "0"]) == 0
+    slow = ["--no-fast", "--max-uncut-bytes", "0"]
+    assert main([*command, "--output", str(tmp_path / "a"), *slow]) == 0
+    assert "already done" in capsys.readouterr().out
