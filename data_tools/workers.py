@@ -57,9 +57,7 @@ class Workers:
         self.count, self.options = count, options
         self.pool: ProcessPoolExecutor | None = None
         self.local = Worker(setup.sources, tokenizer, encoder, setup.folder)
-        if count == 1:
-            _reuse_memory()
-        else:
+        if count > 1:
             # Forking is quickest (tables and compiled code are shared), and safe without threads.
             fork = sys.platform == "linux" and threading.active_count() == 1
             _prepared = (tokenizer, encoder)
@@ -75,7 +73,7 @@ class Workers:
         if self.pool is not None:
             return self.pool.submit(_encode, part, self.options)
         future: Future[Part] = Future()
-        future.set_result(encode_part(part, self.options, self.local))
+        future.set_result(_encode_in(self.local, part, self.options))
         return future
 
     def __enter__(self) -> Workers:
@@ -97,23 +95,12 @@ def _start(setup: Setup, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _reuse_memory()
     if _prepared is not None:
         tokenizer, encoder = _prepared
     else:
         tokenizer = setup.tokenizer()
         encoder = make_encoder(tokenizer, setup.fast)
     _worker = Worker(setup.sources, tokenizer, encoder, setup.folder)
-
-
-def _reuse_memory() -> None:
-    """Keep freed memory for the next document: by default the C library returns large blocks to the
-    system, and a document of 16 MB then spends as long on fresh pages as on its ids. Blocks that
-    only longer ones need do go back, or the longest line would be held several times."""
-    if hasattr(library := ctypes.CDLL(None), "mallopt"):  # glibc's
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        library.mallopt(M_MMAP_THRESHOLD, 31 << 20)  # it takes no more than 32 MiB
 
 
 def _end_with(parent: int) -> None:
@@ -125,4 +112,20 @@ def _end_with(parent: int) -> None:
 
 def _encode(part: Part, options: Options) -> Part:
     assert _worker is not None
-    return encode_part(part, options, _worker)
+    return _encode_in(_worker, part, options)
+
+
+def _encode_in(worker: Worker, part: Part, options: Options) -> Part:
+    _reuse_memory(large=worker.sources[part.source].compression != "parquet")
+    return encode_part(part, options, worker)
+
+
+def _reuse_memory(large: bool) -> None:
+    """Keep freed memory for the next document: by default the C library returns large blocks to the
+    system, and a document of 16 MB then spends as long on fresh pages as on its ids. Beside the
+    pages of a Parquet file there is no room for that: of it only blocks below 31 MiB are kept."""
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):  # glibc's
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+        library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        library.mallopt(M_MMAP_THRESHOLD, 31 << 20)  # it takes no more than 32
+        library.mallopt(M_MMAP_MAX, 0 if large else 1 << 16)
