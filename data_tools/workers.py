@@ -124,8 +124,8 @@ def _encode_in(worker: Worker, part: Part, options: Options) -> Part:
 def _reuse_memory(large: bool) -> None:
     """Keep freed memory for the next document: by default the C library returns large blocks to the
     system, and a document of 16 MB then spends as long on fresh pages as on its ids. Beside the
-    pages of a Parquet file and what a tokenizer's library needs there is no room for that: blocks of
-    31 MiB and more are not kept then."""
+    pages of a Parquet file, or what a tokenizer's library needs, there is no room for that: those
+    of 31 MiB and more go back then."""
     if hasattr(library := ctypes.CDLL(None), "mallopt"):  # glibc's
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
         library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
