@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 VOCAB_SIZE = 512
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+LAUNCHER = ["MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"]
 
 
 @pytest.fixture(scope="session")
@@ -106,9 +109,7 @@ def launch(
     words = [str(script), *map(str, arguments)]
     if processes == 1:
         return [sys.executable, *words]
-    runner = [sys.executable, "-m", "torch.distributed.run"]
-    address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    return [*runner, "--nproc-per-node", str(processes), *address, *words]
+    return [sys.executable, *TORCHRUN, "--nproc-per-node", str(processes), *words]
 
 
 def environment(gpu: bool = False) -> dict[str, str]:
@@ -133,7 +134,17 @@ def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """TCP ports for processes that must be told one before any of them listens. They lie below
+    those that the kernel gives to whoever asks for any, which may take one back in between."""
+    ports: list[int] = []
+    for port in random.sample(range(30000, 32700), 1000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError("no free TCP ports")

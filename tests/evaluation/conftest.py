@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import free_port, pretrain
+from tests.conftest import LAUNCHER, pretrain
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +50,7 @@ def opened(run: Path) -> Iterator:
     from megatron_ext.evaluation.subject import find_subject
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASTER_ADDR", "127.0.0.1")
-        patch.setenv("MASTER_PORT", str(free_port()))
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        for name in LAUNCHER:
             patch.delenv(name, raising=False)
         subject = find_subject(run)
         with open_checkpoint(subject.config, subject.weights) as scorer:

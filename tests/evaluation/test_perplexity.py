@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.evaluation.perplexity import make_plan, measure, windows
 from megatron_ext.evaluation.subject import find_subject
-from tests.conftest import ROOT, environment, free_port
+from tests.conftest import ROOT, TORCHRUN, environment
 from tests.evaluation.conftest import hugging_face, opened
 
 LENGTHS = (32, 64, 160)
@@ -23,8 +23,7 @@ LENGTHS = (32, 64, 160)
 def evaluate(*arguments: object, processes: int = 1, code: int = 0) -> subprocess.CompletedProcess:
     launcher: list[str] = []
     if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        launcher += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+        launcher = [*TORCHRUN, "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher, "-m", "megatron_ext.cli", "evaluate"]
     done = subprocess.run(
         [*command, *map(str, arguments)],

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.conftest import free_port
+from tests.conftest import LAUNCHER
 
 
 def settings(**model: object) -> dict:
@@ -36,9 +36,7 @@ def single_process(config):
     from megatron_ext.world import world
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASTER_ADDR", "127.0.0.1")
-        patch.setenv("MASTER_PORT", str(free_port()))
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        for name in LAUNCHER:
             patch.delenv(name, raising=False)
         with world(config) as here:
             yield here

@@ -17,7 +17,7 @@ from megatron_ext.config import Config, load_config
 from megatron_ext.model.cross_entropy import OwnLossModel, chunked_cross_entropy, cross_entropy
 from megatron_ext.model.initialization import initialize_weights
 from megatron_ext.model.kernels import PACKAGES, Found, choose, loss_chunk
-from tests.conftest import ROOT, free_port, metrics, pretrain
+from tests.conftest import ROOT, metrics, pretrain
 from tests.model.conftest import settings
 
 SEQUENCE, BATCH, HIDDEN, VOCAB = 10, 3, 16, 50
@@ -215,14 +215,14 @@ def test_compiled_it_makes_no_tensor_as_large_as_the_logits() -> None:
 
 
 @pytest.mark.slow
-def test_each_tensor_parallel_rank_has_its_part_of_whole_logits(inputs) -> None:
-    torch.multiprocessing.spawn(compare_on_a_rank, (free_port(), inputs), nprocs=2)
+def test_each_tensor_parallel_rank_has_its_part_of_whole_logits(inputs, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(compare_on_a_rank, (tmp_path / "store", inputs), nprocs=2)
 
 
-def compare_on_a_rank(rank: int, port: int, inputs: tuple[torch.Tensor, ...]) -> None:
+def compare_on_a_rank(rank: int, store: Path, inputs: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, labels, counts = inputs
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
     expected = losses_and_gradients(whole, *inputs, torch.float64)
     part = weight.chunk(2)[rank]

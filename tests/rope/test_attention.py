@@ -18,11 +18,11 @@ def process_groups():
     from megatron.core import parallel_state, tensor_parallel
 
     from megatron_ext import cpu
-    from tests.conftest import free_port
 
     cpu.prepare()
-    address = f"tcp://127.0.0.1:{free_port()}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1
+    )
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     yield

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.conftest import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED"}
@@ -169,7 +171,7 @@ class Cluster:
 
     def _slurm_conf(self) -> str:
         base, user = self.folder, os.geteuid()
-        controller, *ports = _free_ports(len(self.names) + 1)
+        controller, *ports = free_ports(len(self.names) + 1)
         # srun listens where the machine's own name points to, and is called back at 127.0.0.1.
         try:
             local = socket.gethostbyname(socket.gethostname()) == "127.0.0.1"
@@ -278,18 +280,3 @@ def _processes(*marks: str) -> list[tuple[int, list[str]]]:
             except OSError:
                 continue
     return found
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports below those that the kernel gives away by itself."""
-    ports: list[int] = []
-    for port in range(30000 + os.getpid() % 1000, 32700):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise RuntimeError("no free TCP ports")

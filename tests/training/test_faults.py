@@ -18,7 +18,7 @@ import pytest
 
 from megatron_ext.training.heartbeat import heartbeat_file, read_heartbeat
 from megatron_ext.training.status import read_status
-from tests.conftest import ROOT, environment, free_port, metrics, pretrain
+from tests.conftest import ROOT, environment, free_ports, metrics, pretrain
 
 # A long run whose steps are quick; the first ones come soon.
 LONG = ["training.steps=2000", "schedule.type=constant", "checkpoint.interval=1000"]
@@ -30,7 +30,7 @@ class Ranks:
 
     def __init__(self, size: int, folder: Path, *command: object) -> None:
         self.log = folder / "printed"
-        port = str(free_port())
+        [port] = free_ports(1)
         self.processes = []
         with self.log.open("w") as out:
             for rank in range(size):
@@ -39,7 +39,7 @@ class Ranks:
                     "SLURM_LOCALID": str(rank),
                     "SLURM_STEP_NUM_TASKS": str(size),
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
+                    "MASTER_PORT": str(port),
                 }
                 self.processes.append(
                     subprocess.Popen(
