@@ -20,7 +20,7 @@ from typing import Any
 import orjson
 
 from data_tools.corpus import Source
-from data_tools.files import read_json, write_json
+from data_tools.files import COPY_BYTES, read_json, write_json
 from data_tools.indexed import token_dtype
 from data_tools.pair import PairWriter
 from data_tools.parts import COUNTED, PartResult
@@ -175,7 +175,7 @@ def _lines_before(source: Source, share: Share) -> int:
     count, left = 1, share.start - 1
     with open(source.path, "rb", buffering=0) as stream:
         while left > 0:
-            block = stream.read(min(left, 8 << 20))
+            block = stream.read(min(left, COPY_BYTES))
             if not block:
                 break
             count += block.count(b"\n")

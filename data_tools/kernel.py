@@ -7,24 +7,17 @@
 A unit is the text between two exact cuts (see tables), mostly one word with its space.
 Units of up to 32 bytes are looked up in a direct-mapped cache whose line holds the key and the
 ids (one 64-byte line of the processor's cache); others, and misses, are merged pair by pair, text
-without cuts a window at a time. All of it is in one file: Numba's cache of compiled functions looks
-at the file a function is in, not at those of what it calls.
+without cuts a window at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-from typing import Any
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from data_tools.files import cache_folder
+from data_tools.compiled import compiled, load8, load64, store64
 from data_tools.tables import FREE, MULTIPLIER, Tables
 
 PAD = 32  # readable bytes after the text: keys are loaded eight bytes at a time
@@ -34,59 +27,10 @@ SHORT = 48  # characters; longer units keep their pairs in a heap
 WINDOW = 1 << 16  # bytes of a unit that are merged at once: 40 bytes of memory each
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
-# Numba reads the setting when a function is decorated; it is put back at the end of this module.
-_configured = numba.config.CACHE_DIR
-numba.config.CACHE_DIR = _configured or str(cache_folder("numba"))
 _M1, _M2, _M3 = (np.uint64(c) for c in (0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB))
 
 
-# Loads and stores without Numba's test for negative indices, at any alignment: the two loops over
-# bytes are as fast as C with them. Every index is within the arrays by construction (see `encode`).
-
-
-def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any, bits: int) -> Any:
-    data = context.make_array(kind)(context, builder, array).data
-    place = cgutils.gep_inbounds(builder, data, index)
-    return builder.bitcast(place, ir.IntType(bits).as_pointer())
-
-
-@intrinsic
-def _load8(typing_context: Any, array: Any, index: Any) -> Any:
-    """array[index] of a uint8 array, as int64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], 8)
-        return builder.zext(builder.load(pointer), ir.IntType(64))
-
-    return types.int64(array, types.int64), generate
-
-
-@intrinsic
-def _load64(typing_context: Any, array: Any, index: Any) -> Any:
-    """Eight bytes from array[index] on, little endian."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], 64)
-        value = builder.load(pointer)
-        value.align = 1
-        return value
-
-    return types.uint64(array, types.int64), generate
-
-
-@intrinsic
-def _store64(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """Eight bytes to array[index] and on."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], 64)
-        builder.store(arguments[2], pointer).align = 1
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64, types.uint64), generate
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _find_pair(keys, values, shift, left, right):
     """rank << 32 | merged symbol of a pair, or FREE when the pair does not merge."""
     if left < 0 or right < 0:
@@ -103,7 +47,7 @@ def _find_pair(keys, values, shift, left, right):
         slot = (slot + 1) & mask
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _symbols_of(text, start, end, characters, symbols, widths):
     """The unit's characters as symbols and their widths in bytes; returns how many."""
     count, i = 0, start
@@ -133,7 +77,7 @@ def _symbols_of(text, start, end, characters, symbols, widths):
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _merge_short(symbols, widths, count, keys, values, shift, ranks):
     """Merge in place by scanning for the best pair; quickest for a word. Returns how many are
     left.
@@ -162,7 +106,7 @@ def _merge_short(symbols, widths, count, keys, values, shift, ranks):
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _sift(heap, size, key, down_from):
     """Place `key` at `down_from` or below it."""
     at = down_from
@@ -179,7 +123,7 @@ def _sift(heap, size, key, down_from):
     heap[at] = key
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _merge_long(symbols, widths, count, keys, values, shift):
     """The same merges with a heap of rank << 32 | position, O(n log n); for units without cuts."""
     following = np.arange(1, count + 1, dtype=np.int32)
@@ -241,7 +185,7 @@ def _merge_long(symbols, widths, count, keys, values, shift):
     return kept
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _merge(text, start, end, tables, symbols, widths, ranks):
     """The symbols of text[start:end] after all merges and their widths in bytes; returns how many.
 
@@ -254,7 +198,7 @@ def _merge(text, start, end, tables, symbols, widths, ranks):
     return _merge_long(symbols, widths, count, keys, values, shift)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _write(text, start, tables, symbols, widths, count, out, at):
     """Ids of the first `count` symbols to out[at:]; returns the ends in text and in out."""
     vocab_size, byte_ids = tables[4:]
@@ -271,7 +215,7 @@ def _write(text, start, tables, symbols, widths, count, out, at):
     return start, at
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _encode_windows(text, start, end, window, tables, out, at, symbols, widths, ranks):
     """As `_encode_unit`, with memory for `window` bytes only; -1 where that is not enough.
 
@@ -304,7 +248,7 @@ def _encode_windows(text, start, end, window, tables, out, at, symbols, widths, 
         before = position - widths[kept - 1]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _encode_unit(text, start, end, window, tables, out, at, symbols, widths, ranks):
     """Write the ids of text[start:end] to out[at:]; returns the next free place.
 
@@ -320,7 +264,7 @@ def _encode_unit(text, start, end, window, tables, out, at, symbols, widths, ran
     return _write(text, start, tables, symbols, widths, count, out, at)[1]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _encode(text, ends, cuts, singles, window, tables, cache, packed, before, after, out, lengths):
     """All documents of `text`; `before` and `after` are ids put around each (-1: none)."""
     symbols, widths = np.empty(window, np.int32), np.empty(window, np.int32)
@@ -338,17 +282,17 @@ def _encode(text, ends, cuts, singles, window, tables, cache, packed, before, af
             at += 1
         while position < end:
             start = position
-            previous = _load8(text, position)
+            previous = load8(text, position)
             position += 1
             while position < end:
-                current = _load8(text, position)
-                if _load8(cuts, previous << 8 | current):
+                current = load8(text, position)
+                if load8(cuts, previous << 8 | current):
                     break
                 previous = current
                 position += 1
             size = position - start
             if size == 1:
-                _store64(out, at, singles[previous])
+                store64(out, at, singles[previous])
                 at += 1
                 continue
             if size > KEY_BYTES:
@@ -357,67 +301,64 @@ def _encode(text, ends, cuts, singles, window, tables, cache, packed, before, af
                 )
                 continue
             k1 = k2 = k3 = np.uint64(0)
-            k0 = _load64(text, start)
+            k0 = load64(text, start)
             if size <= 8:
                 k0 &= _ALL >> np.uint64(64 - 8 * size)
             else:
-                k1 = _load64(text, start + 8)
+                k1 = load64(text, start + 8)
                 if size <= 16:
                     k1 &= _ALL >> np.uint64(128 - 8 * size)
                 else:
-                    k2 = _load64(text, start + 16)
+                    k2 = load64(text, start + 16)
                     if size <= 24:
                         k2 &= _ALL >> np.uint64(192 - 8 * size)
                     else:
-                        k3 = _load64(text, start + 24) & (_ALL >> np.uint64(256 - 8 * size))
+                        k3 = load64(text, start + 24) & (_ALL >> np.uint64(256 - 8 * size))
             mixed = (k0 ^ np.uint64(size)) * MULTIPLIER + k1 * _M1 + k2 * _M2 + k3 * _M3
             mixed = (mixed ^ (mixed >> np.uint64(29))) * _M2
             line = np.int64((mixed >> np.uint64(32)) & slot_mask) << 6  # byte offset in the cache
-            head = _load64(cache, line + 32)
+            head = load64(cache, line + 32)
             if (
-                _load64(cache, line) == k0
+                load64(cache, line) == k0
                 and (head & np.uint64(0xFF)) == np.uint64(size)
                 and (
                     size <= 8
                     or (
-                        _load64(cache, line + 8) == k1
-                        and _load64(cache, line + 16) == k2
-                        and _load64(cache, line + 24) == k3
+                        load64(cache, line + 8) == k1
+                        and load64(cache, line + 16) == k2
+                        and load64(cache, line + 24) == k3
                     )
                 )
             ):
                 # Whole words are copied: what they hold beyond the last id is overwritten next.
-                _store64(out, at, _load64(cache, line + 40))
+                store64(out, at, load64(cache, line + 40))
                 count = np.int64(head >> np.uint64(8))
                 if count > packed:
-                    _store64(out, at + packed, _load64(cache, line + 48))
-                    _store64(out, at + 2 * packed, _load64(cache, line + 56))
+                    store64(out, at + packed, load64(cache, line + 48))
+                    store64(out, at + 2 * packed, load64(cache, line + 56))
                 at += count
                 continue
             then = _encode_unit(
                 text, start, position, window, tables, out, at, symbols, widths, ranks
             )
             if then - at <= most:
-                _store64(cache, line, k0)
-                _store64(cache, line + 8, k1)
-                _store64(cache, line + 16, k2)
-                _store64(cache, line + 24, k3)
+                store64(cache, line, k0)
+                store64(cache, line + 8, k1)
+                store64(cache, line + 16, k2)
+                store64(cache, line + 24, k3)
                 head = np.uint64(then - at) << np.uint64(8) | np.uint64(size)
-                _store64(cache, line + 32, head)
+                store64(cache, line + 32, head)
                 for word in range(3):
                     value = np.uint64(0)
                     for i in range(packed * word, min(packed * (word + 1), then - at)):
                         value |= np.uint64(out[at + i]) << (np.uint64(i - packed * word) * bits)
-                    _store64(cache, line + 40 + 8 * word, value)
+                    store64(cache, line + 40 + 8 * word, value)
             at = then
         if after >= 0:
             out[at] = after
             at += 1
         lengths[document] = at - first
     return at
-
-
-numba.config.CACHE_DIR = _configured
 
 
 def _large_array(size: int) -> np.ndarray:

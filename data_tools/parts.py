@@ -26,13 +26,15 @@ import xxhash
 
 from data_tools import indexed
 from data_tools.corpus import Source
-from data_tools.documents import TOO_SHORT, UNCUT, Document
+from data_tools.documents import TOO_SHORT, UNCUT, Document, parse_line
 from data_tools.encoding import Encoder, audit
 from data_tools.errors import Failure
+from data_tools.files import COPY_BYTES
 from data_tools.lines import Line, split_lines
 from data_tools.options import Options
-from data_tools.reading import parse_lines, parse_source
+from data_tools.reading import Parse, parse_lines, parse_source
 from data_tools.receipt import BINS, histogram
+from data_tools.signals import held_back
 from data_tools.tokenizer import Tokenizer
 
 # Bytes of ids, of lengths, of rejects, of statistics; xxh3 of all of them; magic.
@@ -73,6 +75,16 @@ class Worker:
         """Their literal spelling, which must stay text."""
         return [token.encode() for token in self.tokenizer.control_tokens()]
 
+    @cached_property
+    def parse(self) -> Parse:
+        """How a line becomes a document; where the kernel runs, the compiled way does."""
+        if self.encoder.note:
+            return parse_line
+        with held_back():
+            from data_tools import long_lines
+
+            return long_lines.loaded()
+
 
 def encode_part(part: Part, options: Options, worker: Worker) -> Part:
     """Encode one part to its file in `worker.folder`; returns the part, for the writer."""
@@ -85,7 +97,10 @@ def encode_part(part: Part, options: Options, worker: Worker) -> Part:
             collector = _Collector(worker, options, source, stream, reject_stream)
             try:
                 # Neither here nor below does a variable hold a line while the next one is read.
-                deque(starmap(collector.take, _documents_of(part, source, options)), maxlen=0)
+                deque(
+                    starmap(collector.take, _documents_of(part, source, options, worker.parse)),
+                    maxlen=0,
+                )
             except ValueError as error:  # a file cut short under our hands
                 raise Failure(f"{source.path} cannot be read: {error}") from error
             collector.finish(part.consumed)
@@ -179,7 +194,7 @@ class _Collector:
                 for i in np.flatnonzero(~kept):
                     self.reject(self.places[i], TOO_SHORT)
                 ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
-        self.write(ids.astype(self.dtype, copy=False).data)
+        self.write(ids.astype(self.dtype, copy=False))
         self.lengths.append(lengths)
         self.histogram += histogram(lengths)
         self.count(kept, lengths)
@@ -206,10 +221,10 @@ class _Collector:
         self.encode()
         ids_bytes = self.stream.tell()
         lengths = np.concatenate([np.empty(0, np.int32), *self.lengths]).astype(np.int32)
-        self.write(lengths.data)
+        self.write(lengths)
         rejects_bytes = self.rejects.tell()
         self.rejects.seek(0)
-        while block := self.rejects.read(1 << 20):
+        while block := self.rejects.read(COPY_BYTES):
             self.write(block)
         statistics = orjson.dumps(
             {
@@ -225,9 +240,11 @@ class _Collector:
         sizes = (ids_bytes, lengths.nbytes, rejects_bytes, len(statistics))
         self.stream.write(_TRAILER.pack(*sizes, self.digest.digest(), _MAGIC))
 
-    def write(self, data: bytes | memoryview) -> None:
-        self.digest.update(data)
-        self.stream.write(data)
+    def write(self, data: bytes | np.ndarray) -> None:
+        view = np.frombuffer(data, dtype=np.uint8).data
+        self.digest.update(view)
+        for start in range(0, len(view), COPY_BYTES):
+            self.stream.write(view[start : start + COPY_BYTES])
 
 
 def _count_literal(texts: list[bytes], control: list[bytes]) -> dict[str, int]:
@@ -249,7 +266,9 @@ def _count_literal(texts: list[bytes], control: list[bytes]) -> dict[str, int]:
     return found
 
 
-def _documents_of(part: Part, source: Source, options: Options) -> Iterator[tuple[Line, Document]]:
+def _documents_of(
+    part: Part, source: Source, options: Options, parse: Parse
+) -> Iterator[tuple[Line, Document]]:
     """What the lines of a part hold; they are numbered from 1 within it, with offsets in the
     decompressed source."""
     if part.spool:
@@ -257,8 +276,8 @@ def _documents_of(part: Part, source: Source, options: Options) -> Iterator[tupl
     elif source.divisible and (part.start > 0 or part.end < source.size):
         lines = _lines_in_range(part, source, options)
     else:
-        return parse_source(source, options.text_keys, options.max_line_bytes)
-    return parse_lines(lines, options.text_keys, options.max_line_bytes)
+        return parse_source(source, options.text_keys, options.max_line_bytes, parse)
+    return parse_lines(lines, options.text_keys, options.max_line_bytes, parse)
 
 
 def _spooled_lines(part: Part, options: Options) -> Iterator[Line]:
@@ -311,11 +330,11 @@ class PartResult:
     rejects: bytes
     stats: dict[str, Any]
 
-    def ids(self, block_bytes: int = 8 << 20) -> Iterator[bytes]:
+    def ids(self) -> Iterator[bytes]:
         with open(self.path, "rb", buffering=0) as stream:
             left = self.ids_bytes
             while left:
-                block = stream.read(min(left, block_bytes))
+                block = stream.read(min(left, COPY_BYTES))
                 left -= len(block)
                 yield block
 

@@ -10,12 +10,14 @@ shares files out to workers (parts.py) and lists every rejected line.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from data_tools.corpus import Source
 from data_tools.documents import TOO_LONG, Document, parse_line
 from data_tools.lines import MAX_LINE_BYTES, Line, read_lines
 from data_tools.parquet import read_rows
+
+Parse = Callable[[bytes, tuple[str, ...]], Document]  # documents.parse_line, or as good
 
 
 def read_documents(
@@ -30,25 +32,31 @@ def read_documents(
 
 
 def parse_source(
-    source: Source, text_keys: tuple[str, ...], max_line_bytes: int
+    source: Source,
+    text_keys: tuple[str, ...],
+    max_line_bytes: int,
+    parse: Parse = parse_line,
 ) -> Iterator[tuple[Line, Document]]:
     """Every line (of Parquet: row), with its document or the reason why it gives none."""
     if source.compression == "parquet":
         return read_rows(source, text_keys, max_line_bytes)
-    return parse_lines(read_lines(source, max_line_bytes), text_keys, max_line_bytes)
+    return parse_lines(read_lines(source, max_line_bytes), text_keys, max_line_bytes, parse)
 
 
 def parse_lines(
-    lines: Iterable[Line], text_keys: tuple[str, ...], max_line_bytes: int
+    lines: Iterable[Line],
+    text_keys: tuple[str, ...],
+    max_line_bytes: int,
+    parse: Parse = parse_line,
 ) -> Iterator[tuple[Line, Document]]:
     """What each line holds; the line comes without its data."""
 
-    def parse(line: Line) -> tuple[Line, Document]:
+    def parsed(line: Line) -> tuple[Line, Document]:
         if line.size > max_line_bytes:
             return line, Document(b"", None, TOO_LONG)
-        return line._replace(data=b""), parse_line(line.data, text_keys)
+        return line._replace(data=b""), parse(line.data, text_keys)
 
-    return map(parse, lines)  # unlike a loop, it does not hold the last one
+    return map(parsed, lines)  # unlike a loop, it does not hold the last one
 
 
 def rejected_words(rejected: dict[str, int]) -> str:
