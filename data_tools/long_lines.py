@@ -10,14 +10,13 @@ decoded here, the rest of the line by the JSON library; whatever is not valid go
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import orjson
 
 from data_tools.compiled import compiled, load8, load64, store64, trailing_zeros
 from data_tools.corpus import slice_of_document
 from data_tools.documents import DEFAULT_TEXT_KEYS, Document, parse_line
+from data_tools.signals import held_back
 
 LONG = 1 << 16  # bytes of a line; below that the library is as quick
 # What stands for the string in the rest of the line: an integer has only one spelling.
@@ -39,7 +38,8 @@ def parse_long_line(line: bytes, text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS)
     if len(line) < LONG:
         return parse_line(line, text_keys)
     decoded = np.empty(len(line), dtype=np.uint8)
-    start, end, size, characters = _longest(np.frombuffer(line, dtype=np.uint8), decoded)
+    with held_back():  # the first call loads compiled code
+        start, end, size, characters = _longest(np.frombuffer(line, dtype=np.uint8), decoded)
     rest = line[:start], line[end:]
     if start >= 0 and not any(_STAND_IN_BYTES in part for part in rest):
         try:
@@ -52,12 +52,6 @@ def parse_long_line(line: bytes, text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS)
                 text = decoded[:size].tobytes()
                 return Document(text, slice_of_document(value), None, characters)
     return parse_line(line, text_keys)
-
-
-def loaded() -> Callable[[bytes, tuple[str, ...]], Document]:
-    """`parse_long_line`, its code compiled or loaded, which nothing should interrupt."""
-    parse_long_line(b'"%s"' % bytes(LONG))
-    return parse_long_line
 
 
 @compiled

@@ -34,7 +34,6 @@ from data_tools.lines import Line, split_lines
 from data_tools.options import Options
 from data_tools.reading import Parse, parse_lines, parse_source
 from data_tools.receipt import BINS, histogram
-from data_tools.signals import held_back
 from data_tools.tokenizer import Tokenizer
 
 # Bytes of ids, of lengths, of rejects, of statistics; xxh3 of all of them; magic.
@@ -80,10 +79,9 @@ class Worker:
         """How a line becomes a document; where the kernel runs, the compiled way does."""
         if self.encoder.note:
             return parse_line
-        with held_back():
-            from data_tools import long_lines
+        from data_tools.long_lines import parse_long_line  # needs Numba
 
-            return long_lines.loaded()
+        return parse_long_line
 
 
 def encode_part(part: Part, options: Options, worker: Worker) -> Part:

@@ -30,8 +30,8 @@ LINE = (
 def however_short():
     """Every line takes the compiled way, if its text is more than half of it."""
     with pytest.MonkeyPatch.context() as patch:
-        long_lines.loaded()  # not within a test that is timed
         patch.setattr(long_lines, "LONG", 0)
+        parse_long_line(LINE)  # compiled here and not within a test that is timed
         yield
 
 
@@ -157,7 +157,7 @@ def test_lines_that_are_not_long_are_left_to_the_library(monkeypatch: pytest.Mon
 def test_compiled_code_lies_in_a_place_of_its_own_beside_others(tmp_path) -> None:
     """Of NUMBA_CACHE_DIR, which other packages share, or of the user's cache folder."""
     code = (
-        "import data_tools.long_lines as l; l.loaded(); import numba; print(numba.config.CACHE_DIR)"
+        "import data_tools.long_lines as l; l.parse_long_line(bytes(l.LONG)); import numba; print(numba.config.CACHE_DIR)"
     )
     for name, value, folder in (
         ("NUMBA_CACHE_DIR", tmp_path / "own", tmp_path / "own"),
