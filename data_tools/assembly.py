@@ -23,6 +23,7 @@ from data_tools.corpus import Source
 from data_tools.files import COPY_BYTES, read_json, write_json
 from data_tools.indexed import token_dtype
 from data_tools.pair import PairWriter
+from data_tools.parquet import rows_before
 from data_tools.parts import COUNTED, PartResult
 from data_tools.receipt import BINS
 from data_tools.shares import Share
@@ -169,9 +170,11 @@ class Assembler:
 
 
 def _lines_before(source: Source, share: Share) -> int:
-    """Lines of a plain file that begin before the share does (a task may start inside a file)."""
+    """Lines of a file, or rows, that begin before the share does (a task may start inside it)."""
     if share.start == 0:
         return 0
+    if source.compression == "parquet":
+        return rows_before(source, share.start)
     count, left = 1, share.start - 1
     with open(source.path, "rb", buffering=0) as stream:
         while left > 0:

@@ -83,8 +83,8 @@ class Source:
 
     @property
     def divisible(self) -> bool:
-        """Whether it can be read from any byte on."""
-        return self.compression == "" and self.path != "-"
+        """Whether its lines, or row groups, can be read from any byte on."""
+        return self.compression in ("", "parquet") and self.path != "-"
 
 
 def find_sources(inputs: Sequence[str], window_bytes: int = WINDOW_BYTES) -> list[Source]:

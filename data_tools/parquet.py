@@ -2,8 +2,8 @@
 
     for line, document in read_rows(source, ("text",), max_line_bytes): ...
 
-Line numbers are row numbers from 1; the offset is 0, rows have none. A row's size is that of its
-text, in bytes of UTF-8. Needs pyarrow (extra `data`).
+Line numbers are row numbers from 1, in what was asked for; the offset is 0, rows have none. A
+row's size is that of its text, in bytes of UTF-8. Needs pyarrow (extra `data`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from data_tools.corpus import LARGEST_WINDOW, Source, slice_of_document
 from data_tools.documents import EMPTY, NO_TEXT, NOT_UTF8, TOO_LONG, WRONG_TYPE, Document
 from data_tools.errors import Failure, UserError
 from data_tools.lines import Line
-from data_tools.parquet_pages import largest_pages
+from data_tools.parquet_pages import largest_pages, row_groups
 
 _ROWS = 16  # decoded at once, or as many as hold about so many bytes of text:
 _BYTES = 8 << 20
@@ -25,10 +25,14 @@ _SLICE = ("red_pajama_subset", "meta.redpajama_set_name", "meta.source")
 
 
 def read_rows(
-    source: Source, text_keys: tuple[str, ...], max_line_bytes: int
+    source: Source,
+    text_keys: tuple[str, ...],
+    max_line_bytes: int,
+    start: int = 0,
+    end: int | None = None,
 ) -> Iterator[tuple[Line, Document]]:
-    """Every row, with its document or the reason why it gives none. The first of `text_keys` that
-    is a column counts.
+    """Every row of the row groups that begin in bytes [start, end) of the file, with its document
+    or the reason why it gives none. The first of `text_keys` that is a column counts.
 
     Raises `UserError` for a file whose pages need more than `source.window_bytes` of memory, before
     any row is read.
@@ -40,7 +44,12 @@ def read_rows(
         raise UserError(
             f"{source.path} is Parquet, which needs pyarrow: pip install 'megatron-ext[data]'"
         ) from error
+    end = source.size if end is None else end
     try:
+        groups = enumerate(row_groups(source.path))
+        chosen = {i: group for i, group in groups if start <= group.begin < end}
+        if not chosen and start > 0:  # of a long row group, say
+            return
         # By default the whole column of a row group is read at once.
         with pyarrow.parquet.ParquetFile(
             source.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
@@ -53,13 +62,13 @@ def read_rows(
                     f"{source.path} has several columns named {key}: write the file again with "
                     "one, or name another --text-key"
                 )
-            pages = largest_pages(source.path, columns)
+            pages = largest_pages(source.path, list(chosen.values()), columns)
             if pages.held > source.window_bytes < LARGEST_WINDOW:
                 raise _too_wide(source, pages.held)
             # A dictionary may give one long value to many rows.
             rows = max(1, min(_ROWS, _BYTES // max(1, pages.largest)))
             number = taken = 0
-            for batch in file.iter_batches(batch_size=rows, columns=columns, use_threads=False):
+            for batch in file.iter_batches(rows, list(chosen), columns, use_threads=False):
                 taken += batch.nbytes
                 if taken >= _BYTES:  # what decoding needed besides goes back now and then
                     pyarrow.default_memory_pool().release_unused()
@@ -69,6 +78,11 @@ def read_rows(
                     yield _row(batch, i, number, key, max_line_bytes)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Failure(f"{source.path} is truncated or corrupt: {error}") from error
+
+
+def rows_before(source: Source, start: int) -> int:
+    """How many rows there are in the row groups that begin before a byte of the file."""
+    return sum(group.rows for group in row_groups(source.path) if group.begin < start)
 
 
 def _is_text(schema: Any, name: str) -> bool:

@@ -1,6 +1,8 @@
-"""What reading a Parquet file takes of memory, from the headers of its pages: none is decompressed.
+"""Where the row groups of a Parquet file lie, and what reading them takes of memory, from the
+headers of their pages: none is decompressed.
 
-    pages = largest_pages(path, ("text", "meta.source"))
+    groups = row_groups(path)
+    pages = largest_pages(path, groups, ("text", "meta.source"))
     pages.held, pages.largest          # bytes
 
 A page is decompressed whole, and writers bound it in rows, not in bytes: one of pyarrow's holds
@@ -12,13 +14,16 @@ damaged.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
 _HEADER_BYTES = (1 << 10, 1 << 14, 1 << 18, 16 << 20)  # tried in turn: statistics can be long
 # Fields by their numbers: FileMetaData, RowGroup, ColumnChunk, ColumnMetaData,
-_ROW_GROUPS, _CHUNKS, _METADATA = 4, 1, 3
+_ROW_GROUPS, _CHUNKS, _ROWS, _METADATA = 4, 1, 3, 3
 _PATH, _VALUES, _CHUNK_BYTES, _FIRST_PAGE, _FIRST_DICTIONARY = 3, 5, 7, 9, 11
 # PageHeader, DictionaryPageHeader.
 _TYPE, _DECODED, _STORED, _DICTIONARY_HEADER, _ENTRIES = 1, 2, 3, 7, 1
@@ -34,8 +39,26 @@ _Wanted = dict[int, "_Wanted"]
 _OF_CHUNK: _Wanted = {
     number: {} for number in (_PATH, _VALUES, _CHUNK_BYTES, _FIRST_PAGE, _FIRST_DICTIONARY)
 }
-_OF_FILE: _Wanted = {_ROW_GROUPS: {_CHUNKS: {_METADATA: _OF_CHUNK}}}
+_OF_FILE: _Wanted = {_ROW_GROUPS: {_CHUNKS: {_METADATA: _OF_CHUNK}, _ROWS: {}}}
 _OF_PAGE: _Wanted = {_TYPE: {}, _DECODED: {}, _STORED: {}, _DICTIONARY_HEADER: {_ENTRIES: {}}}
+
+
+class Chunk(NamedTuple):
+    """A column of a row group: its name ("meta.source"), how many values, first byte and bytes."""
+
+    column: str
+    values: int
+    begin: int
+    size: int
+
+
+class RowGroup(NamedTuple):
+    """`begin`: its first byte, or that of a group before it where that is later, so that ranges of
+    bytes hold row groups in their order."""
+
+    begin: int
+    rows: int
+    chunks: list[Chunk]
 
 
 class Pages(NamedTuple):
@@ -47,31 +70,61 @@ class Pages(NamedTuple):
     largest: int
 
 
-def largest_pages(path: str, columns: Sequence[str]) -> Pages:
-    """Of a file, if these columns are read, which may be fields of structures ("meta.source").
-    Raises `ValueError` where metadata or headers are damaged."""
+def row_groups(path: str) -> list[RowGroup]:
+    """Of a file, in order. Raises `ValueError` where its metadata is damaged."""
+    stat = os.stat(path)
+    return _row_groups(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # a worker gets many parts of one file
+def _row_groups(path: str, size: int, mtime_ns: int) -> list[RowGroup]:
+    groups: list[RowGroup] = []
+    begin = 0
+    with _damage_told(), open(path, "rb", buffering=0) as stream:
+        end = stream.seek(-8, os.SEEK_END)
+        length = int.from_bytes(stream.read(4), "little")
+        stream.seek(end - length)
+        metadata, _ = _read_struct(stream.read(length), 0, _OF_FILE)
+        for group in metadata[_ROW_GROUPS]:
+            chunks = [_chunk(chunk[_METADATA]) for chunk in group[_CHUNKS]]
+            # Without values, offsets may be anything.
+            begin = max(begin, min((c.begin for c in chunks if c.values), default=begin))
+            if begin >= size:
+                raise ValueError(f"a row group begins at byte {begin:,}, behind the file's end")
+            groups.append(RowGroup(begin, group[_ROWS], chunks))
+    return groups
+
+
+def _chunk(metadata: _Struct) -> Chunk:
+    first = metadata[_FIRST_PAGE]
+    return Chunk(
+        sys.intern(b".".join(metadata[_PATH]).decode(errors="replace")),
+        metadata[_VALUES],
+        min(first, metadata.get(_FIRST_DICTIONARY) or first),
+        metadata[_CHUNK_BYTES],
+    )
+
+
+def largest_pages(path: str, groups: Sequence[RowGroup], columns: Sequence[str]) -> Pages:
+    """Of these row groups, if these columns are read, which may be fields of structures
+    ("meta.source"). Raises `ValueError` where headers are damaged."""
+    with _damage_told(), open(path, "rb", buffering=0) as stream:
+        pages = [_of_group(stream, group, columns) for group in groups]
+    return Pages(*map(max, zip(Pages(0, 0), *pages, strict=True)))
+
+
+@contextlib.contextmanager
+def _damage_told() -> Iterator[None]:
     try:
-        with open(path, "rb", buffering=0) as stream:
-            groups = [_of_group(stream, chunks, columns) for chunks in _row_groups(stream)]
+        yield
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError("its metadata, or the header of a page, cannot be read") from error
-    return Pages(*map(max, zip(Pages(0, 0), *groups, strict=True)))
 
 
-def _row_groups(stream: BinaryIO) -> list[list[_Struct]]:
-    """The metadata of each row group's column chunks."""
-    end = stream.seek(-8, os.SEEK_END)
-    size = int.from_bytes(stream.read(4), "little")
-    stream.seek(end - size)
-    metadata, _ = _read_struct(stream.read(size), 0, _OF_FILE)
-    return [[chunk[_METADATA] for chunk in group[_CHUNKS]] for group in metadata[_ROW_GROUPS]]
-
-
-def _of_group(stream: BinaryIO, chunks: list[_Struct], columns: Sequence[str]) -> Pages:
+def _of_group(stream: BinaryIO, group: RowGroup, columns: Sequence[str]) -> Pages:
     held = largest = 0
-    for chunk in chunks:
-        name = b".".join(chunk[_PATH]).decode(errors="replace")
-        if any(name == column or name.startswith(f"{column}.") for column in columns):
+    for chunk in group.chunks:
+        if any(f"{chunk.column}.".startswith(f"{column}.") for column in columns):
             dictionary = page = 0
             for header in _headers(stream, chunk):
                 page = max(page, header[_STORED], header[_DECODED])
@@ -83,12 +136,11 @@ def _of_group(stream: BinaryIO, chunks: list[_Struct], columns: Sequence[str]) -
     return Pages(held, largest)
 
 
-def _headers(stream: BinaryIO, chunk: _Struct) -> Iterator[_Struct]:
+def _headers(stream: BinaryIO, chunk: Chunk) -> Iterator[_Struct]:
     """The page headers of a column chunk."""
-    if not chunk[_VALUES]:  # then the offsets may be anything
+    if not chunk.values:
         return
-    at = min(chunk[_FIRST_PAGE], chunk.get(_FIRST_DICTIONARY) or chunk[_FIRST_PAGE])
-    end = at + chunk[_CHUNK_BYTES]
+    at, end = chunk.begin, chunk.begin + chunk.size
     while at < end:
         header, size = _header(stream, at)
         if header[_STORED] < 0:

@@ -4,8 +4,9 @@
     result = read_part(path)                 # in the writer: result.stats, result.ids(), ...
 
 Parts depend only on inputs and `part_bytes`, never on the number of workers. A part of a plain
-file holds the lines that begin in its byte range; a compressed file is either one part ("whole")
-or comes in chunks that the main process decompresses to spool files (spool.py).
+file holds the lines that begin in its byte range, one of Parquet the row groups; a compressed file
+is either one part ("whole") or comes in chunks that the main process decompresses to spool files
+(spool.py).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from data_tools.errors import Failure
 from data_tools.files import COPY_BYTES
 from data_tools.lines import Line, split_lines
 from data_tools.options import Options
+from data_tools.parquet import read_rows
 from data_tools.reading import Parse, parse_lines, parse_source
 from data_tools.receipt import BINS, histogram
 from data_tools.tokenizer import Tokenizer
@@ -44,8 +46,8 @@ COUNTED = ("documents", "characters", "bytes", "tokens")
 
 @dataclass(frozen=True)
 class Part:
-    """Lines that begin in bytes [start, end) of a source; `spool` holds them if it is
-    compressed.
+    """Lines, or row groups, that begin in bytes [start, end) of a source; `spool` holds the lines
+    of a compressed one.
     """
 
     source: int  # number of the source
@@ -271,6 +273,8 @@ def _documents_of(
     decompressed source."""
     if part.spool:
         lines = _spooled_lines(part, options)
+    elif source.compression == "parquet":
+        return read_rows(source, options.text_keys, options.max_line_bytes, part.start, part.end)
     elif source.divisible and (part.start > 0 or part.end < source.size):
         lines = _lines_in_range(part, source, options)
     else:

@@ -2,8 +2,8 @@
 
     shares = share_out(sources, options)      # contiguous: tasks 0 .. n-1 merged give the whole
 
-Plain files are cut at any byte (a line belongs to the share where it begins); compressed files and
-standard input go to one task whole.
+Plain files and Parquet are cut at any byte (a line, or a row group, belongs to the share where it
+begins); compressed files and standard input go to one task whole.
 """
 
 from __future__ import annotations
@@ -66,6 +66,4 @@ def _goes_whole(sources: Sequence[Source], share: Share, many: bool) -> bool:
     source = sources[share.source]
     if share.mode != SPOOLED or source.path == "-":
         return False
-    if source.compression == "parquet":
-        return True
     return (source.size <= _SMALL_BYTES or many) and first_window(source) <= _SMALL_WINDOW

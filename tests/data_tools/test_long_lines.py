@@ -157,7 +157,8 @@ def test_lines_that_are_not_long_are_left_to_the_library(monkeypatch: pytest.Mon
 def test_compiled_code_lies_in_a_place_of_its_own_beside_others(tmp_path) -> None:
     """Of NUMBA_CACHE_DIR, which other packages share, or of the user's cache folder."""
     code = (
-        "import data_tools.long_lines as l; l.parse_long_line(bytes(l.LONG)); import numba; print(numba.config.CACHE_DIR)"
+        "from data_tools.long_lines import LONG, parse_long_line; parse_long_line(bytes(LONG));"
+        "import numba; print(numba.config.CACHE_DIR)"
     )
     for name, value, folder in (
         ("NUMBA_CACHE_DIR", tmp_path / "own", tmp_path / "own"),

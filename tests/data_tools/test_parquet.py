@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from data_tools import parquet_pages
 from data_tools.cli import main
 from data_tools.corpus import WINDOW_BYTES, find_sources
 from data_tools.documents import EMPTY, NO_TEXT, NOT_UTF8, TOO_LONG, WRONG_TYPE
 from data_tools.errors import Failure, UserError
 from data_tools.lines import MAX_LINE_BYTES
-from data_tools.parquet import read_rows
-from data_tools.parquet_pages import largest_pages
+from data_tools.merge import merge
+from data_tools.options import Options
+from data_tools.parquet import read_rows, rows_before
+from data_tools.parquet_pages import Pages, RowGroup, largest_pages, row_groups
 from data_tools.tokenization import tokenize
 
-from .conftest import documents, expected, flip_a_bit, read_lines_of
+from .conftest import documents, expected, flip_a_bit, outputs, read_lines_of
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -36,6 +40,10 @@ def rows(path: Path, window: int = WINDOW_BYTES, most: int = MAX_LINE_BYTES) -> 
     (source,) = find_sources([str(path)], window)
     return [(line.number, line.size, *document)
             for line, document in read_rows(source, ("text", "raw_content"), most)]  # fmt: skip
+
+
+def pages_of(path: Path, columns: list[str]) -> Pages:
+    return largest_pages(str(path), row_groups(str(path)), columns)
 
 
 def texts(path: Path) -> list[str]:
@@ -192,15 +200,15 @@ def test_pages_against_what_was_written(
         data_page_version=version, data_page_size=20_000, write_batch_size=7, row_group_size=400,
         dictionary_pagesize_limit=50_000, write_page_checksum=True,
     )  # fmt: skip
-    pages = largest_pages(str(path), ["text"])
+    pages = pages_of(path, ["text"])
     # Whatever the headers say, pyarrow has filled each page until it held 20,000 bytes.
     largest = 50_000 + 7 * 6000 if dictionary else 20_000 + 7 * 6000
     assert 20_000 <= pages.largest <= largest
     assert pages.largest <= pages.held <= 3 * largest
-    more = largest_pages(str(path), ["text", "meta.url", "meta.source"])
+    more = pages_of(path, ["text", "meta.url", "meta.source"])
     assert more.largest == pages.largest and more.held > pages.held
-    assert more == largest_pages(str(path), ["text", "meta"])
-    assert largest_pages(str(path), ["tex", "meta.sourc"]) == (0, 0)
+    assert more == pages_of(path, ["text", "meta"])
+    assert pages_of(path, ["tex", "meta.sourc"]) == (0, 0)
 
 
 def test_the_largest_page_to_the_byte(tmp_path: Path) -> None:
@@ -208,10 +216,10 @@ def test_the_largest_page_to_the_byte(tmp_path: Path) -> None:
         path = write(tmp_path / f"{count}.parquet", {"text": ["a" * 5000] * count}, **PLAIN)
         levels = 6  # none is missing: the length of a run, and the run
         page = count * (4 + 5000) + levels
-        assert largest_pages(str(path), ["text"]) == (page, page)
+        assert pages_of(path, ["text"]) == (page, page)
     path = write(tmp_path / "d.parquet", {"text": ["a" * 5000, "b"] * 9}, compression="none")
     dictionary = 4 + 5000 + 4 + 1
-    assert largest_pages(str(path), ["text"]) == (
+    assert pages_of(path, ["text"]) == (
         2 * dictionary + 2 * 16,
         dictionary,
     )
@@ -223,7 +231,7 @@ def test_long_statistics_before_a_page(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", {"text": values}, **options)
     # Of each page the least and the greatest value are in its header, and the value in the page.
     assert path.read_bytes().count(b"b" * 2000) == 3
-    assert 2000 < largest_pages(str(path), ["text"]).largest < 2020
+    assert 2000 < pages_of(path, ["text"]).largest < 2020
     assert texts(path) == values
 
 
@@ -257,3 +265,66 @@ def test_damaged_files_fail_in_our_way_or_are_read(tmp_path: Path) -> None:
         except (Failure, UserError):
             failed += 1
     assert 500 < failed < 1500
+
+
+def test_row_groups_are_shared_out_to_parts_and_tasks(
+    reference: Path, texts: list[str], model: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "c4.parquet", {"text": [*texts[:150], "", None, *texts[150:]]},
+                 row_group_size=20)  # fmt: skip
+    assert len(row_groups(str(path))) == 16
+    options = Options(part_bytes=5000)
+    tokenize([str(path)], model, tmp_path / "out", options, workers=2, max_rejected="1")
+    assert outputs(tmp_path / "out") == outputs(reference / "out")
+    rejected = read_lines_of(tmp_path / "out.rejected.jsonl")
+    assert [(row["line"], row["reason"]) for row in rejected] == [(151, EMPTY), (152, WRONG_TYPE)]
+    tasks = [tmp_path / f"t{i}" for i in range(5)]
+    for i, task in enumerate(tasks):
+        options = Options(part_bytes=5000, task=(i, 5))
+        counts = tokenize([str(path)], model, task, options, max_rejected="1")["counts"]
+        assert 20 < counts["documents"] < 120
+    merge([str(task) for task in tasks], tmp_path / "merged")
+    assert outputs(tmp_path / "merged") == outputs(reference / "out")
+    files = [file for task in tasks if (file := Path(f"{task}.rejected.jsonl")).exists()]
+    assert [row for file in files for row in read_lines_of(file)] == rejected
+
+
+def test_every_row_group_lies_in_one_range_of_bytes(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", {"text": [str(i) * i for i in range(90)]},
+                 row_group_size=9)  # fmt: skip
+    (source,) = find_sources([str(path)])
+    whole = [text for _, _, text, *_ in rows(path)]
+    rng = random.Random(0)
+    for _ in range(50):
+        cuts = sorted(rng.sample(range(source.size), rng.randint(0, 9)))
+        found: list[bytes] = []
+        for start, end in pairwise([0, *cuts, source.size]):
+            assert rows_before(source, start) == len(found)
+            part = list(read_rows(source, ("text",), MAX_LINE_BYTES, start, end))
+            assert [line.number for line, _ in part] == list(range(1, len(part) + 1))
+            found += [document.text for _, document in part]
+        assert found == whole
+
+
+def test_row_groups_that_do_not_lie_in_their_order_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "x.parquet", {"text": list("abcd")}, row_group_size=1)
+    known = row_groups(str(path))
+    assert [group.begin for group in known] == sorted({group.begin for group in known})
+
+    def patched(order: list[int], shift: int = 0) -> list[RowGroup]:
+        def read(*arguments: Any) -> tuple[dict, int]:
+            metadata, end = whole(*arguments)
+            groups = metadata[parquet_pages._ROW_GROUPS]
+            return {parquet_pages._ROW_GROUPS: [groups[i] for i in order]}, end
+
+        whole = parquet_pages._read_struct
+        with monkeypatch.context() as patch:
+            patch.setattr(parquet_pages, "_read_struct", read)
+            return parquet_pages._row_groups.__wrapped__(str(path), path.stat().st_size - shift, 0)
+
+    begins = [group.begin for group in known]
+    assert [group.begin for group in patched([2, 0, 3, 1])] == [begins[i] for i in (2, 2, 3, 3)]
+    with pytest.raises(ValueError, match=f"begins at byte {begins[3]}, behind the file's end"):
+        patched([0, 1, 2, 3], shift=path.stat().st_size - begins[3])
