@@ -64,6 +64,7 @@ _SLICE = re.compile(
 )
 _V2_SLICE = re.compile(r"(?<![a-z])([a-z]{2})_(head|middle|tail)(?![a-z])")
 _READ_BYTES = 1 << 20
+SUBSET = "red_pajama_subset"
 _SMALLEST_WINDOW, LARGEST_WINDOW = 1 << 20, 1 << 31  # the largest: zstd --long=31
 WINDOW_BYTES = 128 << 20  # zstd's own bound, unless it is told otherwise; xz -9 needs 65 MiB
 
@@ -234,7 +235,7 @@ def slice_of_path(path: str) -> str:
 
 def slice_of_document(document: dict) -> str | None:
     """The slice a document names itself (RedPajama v1 and SlimPajama), or None."""
-    subset = document.get("red_pajama_subset")
+    subset = document.get(SUBSET)
     meta = document.get("meta")
     if isinstance(meta, dict):
         subset = subset or meta.get("redpajama_set_name") or meta.get("source")

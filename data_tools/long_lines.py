@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 
 from data_tools.compiled import compiled, load8, load64, store64, trailing_zeros
-from data_tools.corpus import slice_of_document
+from data_tools.corpus import SUBSET, slice_of_document
 from data_tools.documents import DEFAULT_TEXT_KEYS, Document, parse_line
 from data_tools.signals import held_back
 
@@ -48,7 +48,7 @@ def parse_long_line(line: bytes, text_keys: tuple[str, ...] = DEFAULT_TEXT_KEYS)
             value = None
         if type(value) is dict:
             key = next((key for key in text_keys if key in value), None)
-            if value.get(key) == _STAND_IN:
+            if value.get(key) == _STAND_IN and key != SUBSET:  # whose value is the slice too
                 text = decoded[:size].tobytes()
                 return Document(text, slice_of_document(value), None, characters)
     return parse_line(line, text_keys)

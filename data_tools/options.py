@@ -26,6 +26,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+# Of inputs into parts and tasks; raised when the same options come to mean another one, so that
+# neither the parts of two versions are put together nor their tasks.
+DIVISION = 2
+
+
 @dataclass(frozen=True)
 class Options:
     """`task` is (i, n): the i-th of n contiguous shares of the input, from 0."""
@@ -66,8 +71,9 @@ class Options:
             raise UserError("--text-key is empty: name the key that holds the text")
 
     def recorded(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {**asdict(self), "text_keys": list(self.text_keys), "task": list(self.task)}
+        """As JSON values, with what else decides which lines a part or a task holds."""
+        lists = {"text_keys": list(self.text_keys), "task": list(self.task)}
+        return {**asdict(self), **lists, "division": DIVISION}
 
 
 def check_count(flag: str, value: int, least: int = 0) -> None:

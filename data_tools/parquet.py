@@ -12,16 +12,16 @@ import codecs
 from collections.abc import Iterator
 from typing import Any
 
-from data_tools.corpus import LARGEST_WINDOW, Source, slice_of_document
+from data_tools.corpus import LARGEST_WINDOW, SUBSET, Source, slice_of_document
 from data_tools.documents import EMPTY, NO_TEXT, NOT_UTF8, TOO_LONG, WRONG_TYPE, Document
 from data_tools.errors import Failure, UserError
 from data_tools.lines import Line
 from data_tools.parquet_pages import largest_pages, row_groups
 
-_ROWS = 16  # decoded at once, or as many as hold about so many bytes of text:
-_BYTES = 8 << 20
+_MOST_ROWS = 16  # decoded at once, or as many as hold about so many bytes of text:
+_MOST_BYTES = 8 << 20
 _STEP = 1 << 20  # bytes of text at once
-_SLICE = ("red_pajama_subset", "meta.redpajama_set_name", "meta.source")
+_SLICE = (SUBSET, "meta.redpajama_set_name", "meta.source")
 
 
 def read_rows(
@@ -34,8 +34,8 @@ def read_rows(
     """Every row of the row groups that begin in bytes [start, end) of the file, with its document
     or the reason why it gives none. The first of `text_keys` that is a column counts.
 
-    Raises `UserError` for a file whose pages need more than `source.window_bytes` of memory, before
-    any row is read.
+    Raises `UserError` where the pages of those row groups need more than `source.window_bytes` of
+    memory, before any row is read, and `Failure` for a damaged file.
     """
     try:
         import pyarrow
@@ -46,7 +46,7 @@ def read_rows(
         ) from error
     end = source.size if end is None else end
     try:
-        groups = enumerate(row_groups(source.path))
+        groups = enumerate(row_groups(source.path, (*text_keys, *_SLICE)))
         chosen = {i: group for i, group in groups if start <= group.begin < end}
         if not chosen and start > 0:  # of a long row group, say
             return
@@ -66,23 +66,25 @@ def read_rows(
             if pages.held > source.window_bytes < LARGEST_WINDOW:
                 raise _too_wide(source, pages.held)
             # A dictionary may give one long value to many rows.
-            rows = max(1, min(_ROWS, _BYTES // max(1, pages.largest)))
+            at_once = max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, pages.largest)))
             number = taken = 0
-            for batch in file.iter_batches(rows, list(chosen), columns, use_threads=False):
+            for batch in file.iter_batches(at_once, list(chosen), columns, use_threads=False):
                 taken += batch.nbytes
-                if taken >= _BYTES:  # what decoding needed besides goes back now and then
+                if taken >= _MOST_BYTES:  # what decoding needed besides goes back now and then
                     pyarrow.default_memory_pool().release_unused()
                     taken = 0
                 for i in range(batch.num_rows):
                     number += 1
                     yield _row(batch, i, number, key, max_line_bytes)
+            if number != (rows := sum(group.rows for group in chosen.values())):
+                raise ValueError(f"{number:,} rows can be read of {rows:,}")
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Failure(f"{source.path} is truncated or corrupt: {error}") from error
 
 
 def rows_before(source: Source, start: int) -> int:
     """How many rows there are in the row groups that begin before a byte of the file."""
-    return sum(group.rows for group in row_groups(source.path) if group.begin < start)
+    return sum(group.rows for group in row_groups(source.path, ()) if group.begin < start)
 
 
 def _is_text(schema: Any, name: str) -> bool:

@@ -1,7 +1,7 @@
 """Where the row groups of a Parquet file lie, and what reading them takes of memory, from the
 headers of their pages: none is decompressed.
 
-    groups = row_groups(path)
+    groups = row_groups(path, ("text", "meta"))
     pages = largest_pages(path, groups, ("text", "meta.source"))
     pages.held, pages.largest          # bytes
 
@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
 _HEADER_BYTES = (1 << 10, 1 << 14, 1 << 18, 16 << 20)  # tried in turn: statistics can be long
 # Fields by their numbers: FileMetaData, RowGroup, ColumnChunk, ColumnMetaData,
-_ROW_GROUPS, _CHUNKS, _ROWS, _METADATA = 4, 1, 3, 3
+_ROWS, _ROW_GROUPS, _CHUNKS, _METADATA = 3, 4, 1, 3  # rows: of the file, and of a group
 _PATH, _VALUES, _CHUNK_BYTES, _FIRST_PAGE, _FIRST_DICTIONARY = 3, 5, 7, 9, 11
 # PageHeader, DictionaryPageHeader.
 _TYPE, _DECODED, _STORED, _DICTIONARY_HEADER, _ENTRIES = 1, 2, 3, 7, 1
@@ -39,7 +38,7 @@ _Wanted = dict[int, "_Wanted"]
 _OF_CHUNK: _Wanted = {
     number: {} for number in (_PATH, _VALUES, _CHUNK_BYTES, _FIRST_PAGE, _FIRST_DICTIONARY)
 }
-_OF_FILE: _Wanted = {_ROW_GROUPS: {_CHUNKS: {_METADATA: _OF_CHUNK}, _ROWS: {}}}
+_OF_FILE: _Wanted = {_ROWS: {}, _ROW_GROUPS: {_CHUNKS: {_METADATA: _OF_CHUNK}, _ROWS: {}}}
 _OF_PAGE: _Wanted = {_TYPE: {}, _DECODED: {}, _STORED: {}, _DICTIONARY_HEADER: {_ENTRIES: {}}}
 
 
@@ -54,7 +53,7 @@ class Chunk(NamedTuple):
 
 class RowGroup(NamedTuple):
     """`begin`: its first byte, or that of a group before it where that is later, so that ranges of
-    bytes hold row groups in their order."""
+    bytes hold row groups in their order. `chunks`: of the columns that were asked for."""
 
     begin: int
     rows: int
@@ -70,35 +69,44 @@ class Pages(NamedTuple):
     largest: int
 
 
-def row_groups(path: str) -> list[RowGroup]:
-    """Of a file, in order. Raises `ValueError` where its metadata is damaged."""
+def row_groups(path: str, columns: tuple[str, ...]) -> list[RowGroup]:
+    """Of a file, in order; `columns` may be structures, or their fields ("meta.source"). Raises
+    `ValueError` where its metadata is damaged."""
     stat = os.stat(path)
-    return _row_groups(path, stat.st_size, stat.st_mtime_ns)
+    return _row_groups(path, stat.st_size, stat.st_mtime_ns, columns)
 
 
 @lru_cache(maxsize=1)  # a worker gets many parts of one file
-def _row_groups(path: str, size: int, mtime_ns: int) -> list[RowGroup]:
-    groups: list[RowGroup] = []
-    begin = 0
+def _row_groups(path: str, size: int, mtime_ns: int, columns: tuple[str, ...]) -> list[RowGroup]:
     with _damage_told(), open(path, "rb", buffering=0) as stream:
         end = stream.seek(-8, os.SEEK_END)
         length = int.from_bytes(stream.read(4), "little")
         stream.seek(end - length)
         metadata, _ = _read_struct(stream.read(length), 0, _OF_FILE)
-        for group in metadata[_ROW_GROUPS]:
-            chunks = [_chunk(chunk[_METADATA]) for chunk in group[_CHUNKS]]
-            # Without values, offsets may be anything.
-            begin = max(begin, min((c.begin for c in chunks if c.values), default=begin))
-            if begin >= size:
-                raise ValueError(f"a row group begins at byte {begin:,}, behind the file's end")
-            groups.append(RowGroup(begin, group[_ROWS], chunks))
+        return _groups_of(metadata, size, columns)
+
+
+def _groups_of(metadata: _Struct, size: int, columns: tuple[str, ...]) -> list[RowGroup]:
+    groups: list[RowGroup] = []
+    begin = 0
+    for group in metadata[_ROW_GROUPS]:
+        chunks = [_chunk(chunk[_METADATA]) for chunk in group[_CHUNKS]]
+        # Without values, offsets may be anything.
+        begin = max(begin, min((c.begin for c in chunks if c.values), default=begin))
+        if begin >= size:
+            raise ValueError(f"a row group begins at byte {begin:,}, behind the file's end")
+        if group[_ROWS] < 0:
+            raise ValueError(f"a row group has {group[_ROWS]:,} rows")
+        groups.append(RowGroup(begin, group[_ROWS], [c for c in chunks if _is_of(c, columns)]))
+    if (rows := sum(group.rows for group in groups)) != metadata[_ROWS]:
+        raise ValueError(f"its row groups have {rows:,} rows and not {metadata[_ROWS]:,}")
     return groups
 
 
 def _chunk(metadata: _Struct) -> Chunk:
     first = metadata[_FIRST_PAGE]
     return Chunk(
-        sys.intern(b".".join(metadata[_PATH]).decode(errors="replace")),
+        b".".join(metadata[_PATH]).decode(errors="replace"),
         metadata[_VALUES],
         min(first, metadata.get(_FIRST_DICTIONARY) or first),
         metadata[_CHUNK_BYTES],
@@ -124,7 +132,7 @@ def _damage_told() -> Iterator[None]:
 def _of_group(stream: BinaryIO, group: RowGroup, columns: Sequence[str]) -> Pages:
     held = largest = 0
     for chunk in group.chunks:
-        if any(f"{chunk.column}.".startswith(f"{column}.") for column in columns):
+        if _is_of(chunk, columns):
             dictionary = page = 0
             for header in _headers(stream, chunk):
                 page = max(page, header[_STORED], header[_DECODED])
@@ -134,6 +142,10 @@ def _of_group(stream: BinaryIO, group: RowGroup, columns: Sequence[str]) -> Page
                     dictionary = header[_DECODED] + _ENTRY_BYTES * entries
             held += dictionary + page
     return Pages(held, largest)
+
+
+def _is_of(chunk: Chunk, columns: Sequence[str]) -> bool:
+    return any(f"{chunk.column}.".startswith(f"{column}.") for column in columns)
 
 
 def _headers(stream: BinaryIO, chunk: Chunk) -> Iterator[_Struct]:

@@ -312,7 +312,7 @@ class _Run:
         return writer.complete(self.prefix), writer.folder
 
     def _describe_inputs(self) -> list[dict[str, Any]]:
-        """Inputs with the checksum of exactly the bytes that were used."""
+        """Inputs with the checksum of their shares: what begins in one may end after it."""
 
         def describe(share: Share) -> dict[str, Any]:
             source = self.sources[share.source]

@@ -138,7 +138,7 @@ def free_ports(count: int) -> list[int]:
     """TCP ports for processes that must be told one before any of them listens. They lie below
     those that the kernel gives to whoever asks for any, which may take one back in between."""
     ports: list[int] = []
-    for port in random.sample(range(30000, 32700), 1000):
+    for port in random.SystemRandom().sample(range(30000, 32700), 1000):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -5,17 +5,23 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
-from data_tools import long_lines
+from data_tools import long_lines, parts
 from data_tools.documents import parse_line
 from data_tools.long_lines import parse_long_line
+from data_tools.tokenization import tokenize
+from data_tools.tokenizer import Tokenizer
 from tests.conftest import ROOT
+
+from .conftest import documents, expected, write_jsonl
 
 # Of all widths in UTF-8, all kinds of escapes, a surrogate pair; the longest string of its line.
 LINE = (
@@ -135,6 +141,12 @@ def test_what_could_be_taken_for_the_text(line: bytes) -> None:
     check(line, "b", "text")
 
 
+@pytest.mark.parametrize("name", ["red_pajama_subset", "meta"])
+def test_a_text_under_the_name_of_a_slice(name: str) -> None:
+    for meta in (b"", b', "meta": {"source": "arxiv"}', b', "red_pajama_subset": "c4"'):
+        check(b'{"%s": "C4/%s"%s}' % (name.encode(), b"x" * 200, meta), name)
+
+
 def test_a_long_text_never_becomes_a_str(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(1)
     alphabet = 'abcdefgh \n"\\é\u2581中\U0001f642'
@@ -146,6 +158,32 @@ def test_a_long_text_never_becomes_a_str(monkeypatch: pytest.MonkeyPatch) -> Non
     assert document == expected
     assert document.text.decode() == text and document.characters == len(text)
     assert document.slice == "book"
+
+
+@pytest.mark.parametrize("around", [b'"', b"\\", b"A", b"\x80"])
+def test_nothing_outside_of_a_line_is_read_or_written(around: bytes) -> None:
+    body = LINE[LINE.index(b'"plain') :]
+    for end in range(1, len(body) + 1):
+        for line in (body[:end], body[:end] + b'"', b'"' + b"x" * (end % 17) + b'"'):
+            memory = np.frombuffer(around * 64 + line + around * 64, dtype=np.uint8)
+            out = np.full(len(memory), 0xA5, dtype=np.uint8)
+            inside = slice(64, 64 + len(line))
+            alone = np.empty(len(line), dtype=np.uint8)
+            expected = long_lines._longest(np.frombuffer(line, dtype=np.uint8), alone)
+            assert long_lines._longest(memory[inside], out[inside]) == expected
+            assert bytes(out[inside][: expected[2]]) == bytes(alone[: expected[2]])
+            assert (out[:64] == 0xA5).all() and (out[inside.stop :] == 0xA5).all()
+
+
+def test_tokenize_reads_long_lines_so(
+    model: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (long_lines, parts):
+        monkeypatch.setattr(module, "parse_line", None)
+    text = "naïve café 東京 🙂\n" * 9
+    write_jsonl(tmp_path / "c4.jsonl", [text])
+    tokenize([str(tmp_path / "c4.jsonl")], model, tmp_path / "out", workers=1)
+    assert documents(tmp_path / "out") == expected(tokenizer, [text])
 
 
 def test_lines_that_are_not_long_are_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

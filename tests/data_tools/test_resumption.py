@@ -13,6 +13,7 @@ import pytest
 
 from data_tools.errors import UserError
 from data_tools.files import write_json
+from data_tools.merge import merge
 from data_tools.options import Options
 from data_tools.tokenization import tokenize
 from data_tools.verification import verify
@@ -36,8 +37,11 @@ def test_stopped_at_any_file_operation_it_goes_on(
     """Every rename, truncation, removal and fsync in turn is the last thing that happens."""
     monkeypatch.setattr("data_tools.assembly.COMMIT_S", 0.0)
     monkeypatch.setattr("data_tools.shares._SMALL_BYTES", 0)
-    write_jsonl(tmp_path / "a-c4.jsonl", texts[:200])
-    write_jsonl(tmp_path / "b-c4.jsonl.gz", texts[200:])
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_jsonl(tmp_path / "a-c4.jsonl", texts[:150])
+    write_jsonl(tmp_path / "b-c4.jsonl.gz", texts[150:220])
+    table = pyarrow.table({"text": texts[220:]})
+    parquet.write_table(table, tmp_path / "c-c4.parquet", row_group_size=20)
     options = Options(part_bytes=32_000)
     real = {name: getattr(os, name) for name in ("replace", "truncate", "unlink", "fsync", "rmdir")}
     left = [0]
@@ -243,3 +247,16 @@ def test_finished_leaves_the_work_of_others_alone(
         assert (work / "plan.json").exists()
     assert tokenize([str(source)], model, tmp_path / "out")["reused"]
     assert not work.exists()
+
+
+def test_what_versions_divide_otherwise_is_not_put_together(
+    reference: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = [str(reference / "c4.jsonl")]
+    for i in range(2):
+        monkeypatch.setattr("data_tools.options.DIVISION", i)
+        tokenize(source, model, tmp_path / f"t{i}", Options(task=(i, 2)))
+    with pytest.raises(UserError, match="different options"):
+        merge([str(tmp_path / "t0"), str(tmp_path / "t1")], tmp_path / "out")
+    with pytest.raises(UserError, match="--overwrite"):
+        tokenize(source, model, tmp_path / "t0", Options(task=(0, 2)))
