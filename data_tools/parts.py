@@ -31,10 +31,10 @@ from data_tools.documents import TOO_SHORT, UNCUT, Document, parse_line
 from data_tools.encoding import Encoder, audit
 from data_tools.errors import Failure
 from data_tools.files import COPY_BYTES
-from data_tools.lines import Line, split_lines
+from data_tools.lines import Line, read_lines, split_lines
 from data_tools.options import Options
 from data_tools.parquet import read_rows
-from data_tools.reading import Parse, parse_lines, parse_source
+from data_tools.reading import Parse, parse_lines
 from data_tools.receipt import BINS, histogram
 from data_tools.tokenizer import Tokenizer
 
@@ -278,7 +278,7 @@ def _documents_of(
     elif source.divisible and (part.start > 0 or part.end < source.size):
         lines = _lines_in_range(part, source, options)
     else:
-        return parse_source(source, options.text_keys, options.max_line_bytes, parse)
+        lines = read_lines(source, options.max_line_bytes)
     return parse_lines(lines, options.text_keys, options.max_line_bytes, parse)
 
 

@@ -24,23 +24,15 @@ def read_documents(
     source: Source, text_keys: tuple[str, ...], rejected: Counter[str]
 ) -> Iterator[tuple[Line, Document]]:
     """Documents with the line (of Parquet: the row) they stand in."""
-    for line, document in parse_source(source, text_keys, MAX_LINE_BYTES):
+    if source.compression == "parquet":
+        found = read_rows(source, text_keys, MAX_LINE_BYTES)
+    else:
+        found = parse_lines(read_lines(source, MAX_LINE_BYTES), text_keys, MAX_LINE_BYTES)
+    for line, document in found:
         if document.reason is None:
             yield line, document
         else:
             rejected[document.reason] += 1
-
-
-def parse_source(
-    source: Source,
-    text_keys: tuple[str, ...],
-    max_line_bytes: int,
-    parse: Parse = parse_line,
-) -> Iterator[tuple[Line, Document]]:
-    """Every line (of Parquet: row), with its document or the reason why it gives none."""
-    if source.compression == "parquet":
-        return read_rows(source, text_keys, max_line_bytes)
-    return parse_lines(read_lines(source, max_line_bytes), text_keys, max_line_bytes, parse)
 
 
 def parse_lines(
