@@ -16,11 +16,13 @@ from data_tools.corpus import LARGEST_WINDOW, SUBSET, Source, slice_of_document
 from data_tools.documents import EMPTY, NO_TEXT, NOT_UTF8, TOO_LONG, WRONG_TYPE, Document
 from data_tools.errors import Failure, UserError
 from data_tools.lines import Line
-from data_tools.parquet_pages import largest_pages, row_groups
+from data_tools.parquet_pages import largest_pages, metadata_bytes, row_groups
 
+_SMALLER_PAGES = "smaller pages (pyarrow: write_batch_size, use_dictionary=False)"
 _MOST_ROWS = 16  # decoded at once, or as many as hold about so many bytes of text:
 _MOST_BYTES = 8 << 20
 _STEP = 1 << 20  # bytes of text at once
+_OF_METADATA = 10  # times its size: the memory that reading it takes
 _SLICE = (SUBSET, "meta.redpajama_set_name", "meta.source")
 
 
@@ -34,8 +36,8 @@ def read_rows(
     """Every row of the row groups that begin in bytes [start, end) of the file, with its document
     or the reason why it gives none. The first of `text_keys` that is a column counts.
 
-    Raises `UserError` where the pages of those row groups need more than `source.window_bytes` of
-    memory, before any row is read, and `Failure` for a damaged file.
+    Raises `UserError` where the file's metadata, or the pages of those row groups, need more than
+    `source.window_bytes` of memory, before any row is read, and `Failure` for a damaged file.
     """
     try:
         import pyarrow
@@ -46,6 +48,8 @@ def read_rows(
         ) from error
     end = source.size if end is None else end
     try:
+        held = _OF_METADATA * metadata_bytes(source.path)
+        _check_held(source, "metadata", held, "fewer row groups")
         groups = enumerate(row_groups(source.path, (*text_keys, *_SLICE)))
         chosen = {i: group for i, group in groups if start <= group.begin < end}
         if not chosen and start > 0:  # of a long row group, say
@@ -63,8 +67,7 @@ def read_rows(
                     "one, or name another --text-key"
                 )
             pages = largest_pages(source.path, list(chosen.values()), columns)
-            if pages.held > source.window_bytes < LARGEST_WINDOW:
-                raise _too_wide(source, pages.held)
+            _check_held(source, "metadata and pages", held + pages.held, _SMALLER_PAGES)
             # A dictionary may give one long value to many rows.
             at_once = max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, pages.largest)))
             number = taken = 0
@@ -141,9 +144,10 @@ def _characters(text: bytes) -> int:
     )
 
 
-def _too_wide(source: Source, held: int) -> UserError:
-    return UserError(
-        f"{source.path} has pages of {held:,} bytes, which have to be held whole, more than "
-        f"--max-window-bytes {source.window_bytes}: write {min(held, LARGEST_WINDOW)}, or write "
-        "the file again with smaller pages (pyarrow: write_batch_size, use_dictionary=False)"
-    )
+def _check_held(source: Source, what: str, held: int, smaller: str) -> None:
+    if held > source.window_bytes < LARGEST_WINDOW:
+        raise UserError(
+            f"{source.path} needs {held:,} bytes for its {what}, which have to be held whole, more "
+            f"than --max-window-bytes {source.window_bytes}: write {min(held, LARGEST_WINDOW)}, or "
+            f"write the file again with {smaller}"
+        )

@@ -79,11 +79,25 @@ def row_groups(path: str, columns: tuple[str, ...]) -> list[RowGroup]:
 @lru_cache(maxsize=1)  # a worker gets many parts of one file
 def _row_groups(path: str, size: int, mtime_ns: int, columns: tuple[str, ...]) -> list[RowGroup]:
     with _damage_told(), open(path, "rb", buffering=0) as stream:
-        end = stream.seek(-8, os.SEEK_END)
-        length = int.from_bytes(stream.read(4), "little")
-        stream.seek(end - length)
-        metadata, _ = _read_struct(stream.read(length), 0, _OF_FILE)
+        begin, end = _metadata_place(stream)
+        stream.seek(begin)
+        metadata, _ = _read_struct(stream.read(end - begin), 0, _OF_FILE)
         return _groups_of(metadata, size, columns)
+
+
+def metadata_bytes(path: str) -> int:
+    """Of a file, as its last bytes say."""
+    with open(path, "rb", buffering=0) as stream:
+        begin, end = _metadata_place(stream)
+        return end - begin
+
+
+def _metadata_place(stream: BinaryIO) -> tuple[int, int]:
+    end = stream.seek(-8, os.SEEK_END)
+    begin = end - int.from_bytes(stream.read(4), "little")
+    if begin < 0:
+        raise ValueError("its metadata begins before the file does")
+    return begin, end
 
 
 def _groups_of(metadata: _Struct, size: int, columns: tuple[str, ...]) -> list[RowGroup]:
