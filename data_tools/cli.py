@@ -161,8 +161,8 @@ def _add_inputs(add: Any) -> None:
         "--max-window-bytes",
         type=int,
         default=WINDOW_BYTES,
-        help="memory that the window of one .zst or .xz, or the pages of one .parquet, may take: "
-        "1 MiB to 2 GiB (%(default)s)",
+        help="memory that the window of one .zst or .xz, or metadata and pages of one .parquet, "
+        "may take: 1 MiB to 2 GiB (%(default)s)",
     )
 
 
@@ -188,8 +188,9 @@ def _add_tokenize(add: Any) -> None:
         "--max-uncut-bytes",
         type=int,
         default=Options.max_uncut_bytes,
-        help="reject texts with a longer piece that only the tokenizer's own library can encode, "
-        "in up to 400 times its size of memory; 0 takes all (%(default)s)",
+        help="reject texts with a longer piece (or one that normalising makes that many characters "
+        "of) that only the tokenizer's own library can encode, in up to 400 times its size of "
+        "memory; 0 takes all (%(default)s)",
     )
     add("--shard-tokens", type=int, default=0, help="several pairs of about so many tokens (one)")
     add("--seed", type=int, help="put documents in an order this seed decides (input order)")

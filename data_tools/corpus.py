@@ -73,7 +73,7 @@ WINDOW_BYTES = 128 << 20  # zstd's own bound, unless it is told otherwise; xz -9
 class Source:
     """One input file. `compression` is "", "gz", "zst", "bz2", "xz" or "parquet"; `window_bytes`
     is how much memory it may take as it was made: a .zst or .xz for its window, a .parquet for its
-    pages."""
+    metadata and pages."""
 
     path: str
     compression: str

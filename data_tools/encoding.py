@@ -79,7 +79,7 @@ def make_encoder(tokenizer: Tokenizer, fast: bool = True) -> Encoder:
 class LibraryEncoder:
     """The tokenizer's own library, for every document."""
 
-    batch_bytes = 1 << 20  # whose encodings a library holds together
+    batch_bytes = 1 << 18  # whose encodings a library holds together
 
     def __init__(self, tokenizer: Tokenizer, note: str) -> None:
         self.note = note

@@ -147,7 +147,7 @@ def _characters(text: bytes) -> int:
 def _check_held(source: Source, what: str, held: int, smaller: str) -> None:
     if held > source.window_bytes < LARGEST_WINDOW:
         raise UserError(
-            f"{source.path} needs {held:,} bytes for its {what}, which have to be held whole, more "
-            f"than --max-window-bytes {source.window_bytes}: write {min(held, LARGEST_WINDOW)}, or "
+            f"{source.path} needs {held:,} bytes at once for its {what}, more than "
+            f"--max-window-bytes {source.window_bytes}: write {min(held, LARGEST_WINDOW)}, or "
             f"write the file again with {smaller}"
         )

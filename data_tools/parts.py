@@ -41,6 +41,7 @@ from data_tools.tokenizer import Tokenizer
 # Bytes of ids, of lengths, of rejects, of statistics; xxh3 of all of them; magic.
 _TRAILER = struct.Struct("<QQQQ8s8s")
 _MAGIC = b"DTPART2\0"
+_EXPANSION = 18  # characters that a Unicode normal form makes of one, at most
 COUNTED = ("documents", "characters", "bytes", "tokens")
 
 
@@ -147,9 +148,9 @@ class _Collector:
         if document.reason is not None:
             self.reject(line, document.reason)
             return
-        if 0 < self.options.max_uncut_bytes < len(document.text) and (
-            self.worker.tokenizer.longest_piece(document.text.decode())
-            > self.options.max_uncut_bytes
+        most = self.options.max_uncut_bytes
+        if 0 < most < _EXPANSION * len(document.text) and (
+            self.worker.tokenizer.gets_more(document.text.decode(), most)
         ):
             self.reject(line, UNCUT)
             return

@@ -26,6 +26,7 @@ from data_tools.long_texts import PIECE, cut, huggingface_place, sentencepiece_p
 from data_tools.space_marks import parse_model
 
 # What Hugging Face folders call the token that ends a document.
+_NORMALIZED = 1 << 16  # characters at once
 _HF_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -43,8 +44,9 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
-    def longest_piece(self, text: str) -> int:
-        """Bytes of UTF-8 of the longest piece of it that the library is given at once."""
+    def gets_more(self, text: str, most: int) -> bool:
+        """Whether the library is given a piece of it of more than `most` bytes of UTF-8, or one
+        that its normaliser makes more than `most` characters of."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
@@ -110,8 +112,15 @@ class _InPieces(ABC):
             for text in texts
         ]
 
-    def longest_piece(self, text: str) -> int:
-        return max(len(piece.encode()) for piece in self._pieces(text))
+    def gets_more(self, text: str, most: int) -> bool:
+        return any(
+            len(piece.encode()) > most or self._normalized_size(piece) > most
+            for piece in self._pieces(text)
+        )
+
+    def _normalized_size(self, piece: str) -> int:
+        """Characters that the library's memory depends on."""
+        return len(piece)
 
     def _pieces(self, text: str) -> Iterable[str]:
         if len(text) <= PIECE or self._place is None:
@@ -223,6 +232,13 @@ class HuggingFaceTokenizer(_InPieces):
         # The batch call has no offsets to build and releases the interpreter lock.
         encodings = self.processor.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _normalized_size(self, piece: str) -> int:
+        if (normalizer := self.processor.normalizer) is None:
+            return len(piece)
+        # In parts, for normalising takes many times the text; a space may be put before each.
+        parts = (piece[at : at + _NORMALIZED] for at in range(0, len(piece), _NORMALIZED))
+        return sum(len(normalizer.normalize_str(part)) - 1 for part in parts)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.processor.decode([int(i) for i in ids], skip_special_tokens=False)

@@ -23,7 +23,9 @@ from tokenizers import (
 
 from data_tools.cli import main
 from data_tools.long_texts import _SPACES, PIECE, cut, huggingface_place, sentencepiece_place
+from data_tools.options import Options
 from data_tools.space_marks import parse_model
+from data_tools.tokenization import tokenize
 from data_tools.tokenizer import load_tokenizer
 
 from .conftest import documents, read_lines_of, write_jsonl
@@ -347,6 +349,24 @@ def test_what_a_library_would_be_given_whole_is_rejected_with_its_place(
     assert main([*command, "--max-uncut-bytes", "0", "--overwrite"]) == 0
     tokenizer = load_tokenizer(file)
     assert documents(tmp_path / "out") == [tokenizer._encode([t])[0].tolist() for t in texts]
+
+
+def test_what_a_normaliser_makes_long_counts_as_that(tmp_path: Path) -> None:
+    """NFKC writes U+FDFA as 18 characters."""
+    made = FAMILIES["Llama 2"]()
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), made.normalizer])
+    made.save(str(tmp_path / "tokenizer.json"))
+    count = 4 * PIECE // 18
+    texts = ["\ufdfa" * count, "\ufdfa" * (count + 1), "short"]
+    write_jsonl(tmp_path / "x.jsonl", texts)
+    tokenize([str(tmp_path / "x.jsonl")], tmp_path / "tokenizer.json", tmp_path / "out",
+             Options(append_eod=False), max_rejected="1")  # fmt: skip
+    (rejected,) = read_lines_of(tmp_path / "out.rejected.jsonl")
+    assert rejected["line"] == 2
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert documents(tmp_path / "out") == [
+        tokenizer._encode([text])[0].tolist() for text in (texts[0], texts[2])
+    ]
 
 
 def test_what_the_kernel_and_the_library_made_is_not_mixed(

@@ -166,7 +166,7 @@ def test_a_huge_row_is_refused_by_its_file_or_rejected_with_its_place(
                "--max-line-bytes", str(2 << 20), "--max-rejected", "1"]  # fmt: skip
     assert main([*command, "--max-window-bytes", str(3 << 20)]) == 2
     said = capsys.readouterr().err
-    assert f"{path} needs 3,14" in said and "for its metadata and pages" in said
+    assert f"{path} needs 3,14" in said and "at once for its metadata and pages" in said
     assert "write 314" in said
     assert not (tmp_path / "out.bin").exists()
     needed = said.split("write ")[1].split(",")[0]
@@ -339,7 +339,9 @@ def test_pages_too_wide_in_a_later_row_group(tmp_path: Path) -> None:
     ((_, document),) = read_rows(source, ("text",), MAX_LINE_BYTES, 0, later)
     assert document.text == b"a"
     for start in (0, later):
-        with pytest.raises(UserError, match=r"x\.parquet needs 3,.* for its metadata and pages"):
+        with pytest.raises(
+            UserError, match=r"x\.parquet needs 3,.* at once for its metadata and pages"
+        ):
             list(read_rows(source, ("text",), MAX_LINE_BYTES, start))
 
 
@@ -349,7 +351,7 @@ def test_metadata_too_large_to_be_held(tmp_path: Path) -> None:
     assert 1 << 20 < needed < 10 * path.stat().st_size
     (source,) = find_sources([str(path)], 1 << 20)
     with pytest.raises(
-        UserError, match=rf"needs {needed:,} bytes for its metadata, .*write {needed},"
+        UserError, match=rf"needs {needed:,} bytes at once for its metadata, .*write {needed},"
     ):
         list(read_rows(source, ("text",), MAX_LINE_BYTES))
     assert len(rows(path)) == 1999
