@@ -76,7 +76,7 @@ def row_groups(path: str, columns: tuple[str, ...]) -> list[RowGroup]:
     return _row_groups(path, stat.st_size, stat.st_mtime_ns, columns)
 
 
-@lru_cache(maxsize=1)  # a worker gets many parts of one file
+@lru_cache(maxsize=2)  # a worker gets many parts of one file, and may count rows too
 def _row_groups(path: str, size: int, mtime_ns: int, columns: tuple[str, ...]) -> list[RowGroup]:
     with _damage_told(), open(path, "rb", buffering=0) as stream:
         begin, end = _metadata_place(stream)

@@ -25,8 +25,8 @@ from data_tools.errors import UserError
 from data_tools.long_texts import PIECE, cut, huggingface_place, sentencepiece_place
 from data_tools.space_marks import parse_model
 
-# What Hugging Face folders call the token that ends a document.
 _NORMALIZED = 1 << 16  # characters at once
+# What Hugging Face folders call the token that ends a document.
 _HF_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
