@@ -58,8 +58,7 @@ def _give_meaning_to_torch_cuda(device: str) -> None:
 
 
 def _functions_with_cuda_literals() -> list[Callable[..., Any]]:
-    from megatron.core import utils
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, grad_scaler, optimizer
+    from megatron.core.optimizer import distrib_optimizer, grad_scaler, optimizer
     from megatron.core.pipeline_parallel import schedules
 
     return [
@@ -71,9 +70,6 @@ def _functions_with_cuda_literals() -> list[Callable[..., Any]]:
         grad_scaler.DynamicGradScaler.__init__,
         # distrib_optimizer.py:361, 582: accept only parameters whose type() says cuda
         distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups,
-        clip_grads.get_grad_norm_fp32,  # clip_grads.py:90, 103 device='cuda'
-        clip_grads.clip_grad_by_total_norm_fp32,  # clip_grads.py:167 grad.type(), 174 device
-        utils.local_multi_tensor_l2_norm,  # utils.py:1207 device="cuda"
         schedules.forward_backward_no_pipelining,  # schedules.py:596 device="cuda"
         schedules.forward_backward_pipelining_with_interleaving,  # schedules.py:983
         schedules.forward_backward_pipelining_without_interleaving,  # schedules.py:2138

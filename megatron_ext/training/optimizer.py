@@ -2,9 +2,13 @@
 parallel.distributed_optimizer says so.
 
     optimizer = build_optimizer(model, config)
+    grad_norm = clip_gradients(optimizer, config.optimizer.clip_grad)
 """
 
+import math
+
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
@@ -44,6 +48,25 @@ def build_optimizer(model: list[DistributedDataParallel], config: Config) -> Meg
         if isinstance(part.optimizer, torch.optim.AdamW):
             _make_state(part.optimizer)
     return optimizer
+
+
+def clip_gradients(optimizer: MegatronOptimizer, most: float) -> float:
+    """Scale all gradients so that their global 2-norm is at most `most`, unless that is 0 or the
+    norm is not finite; returns the norm before. Collective, and waits for the device once.
+
+    Megatron-Core's own clipping is as good with Transformer Engine or apex only. Without them it
+    waits for the device once a weight, and writes every gradient twice.
+    """
+    gradients = optimizer.get_main_grads_for_grad_norm()
+    if not gradients:  # of a small model some rank may have none
+        gradients = [torch.zeros(1, device=torch.cuda.current_device())]
+    square = torch.nn.utils.get_total_norm(gradients).square()
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    norm = square.sqrt()
+    value = norm.item()
+    if most and most < value < math.inf:
+        torch.nn.utils.clip_grads_with_norm_(optimizer.get_parameters(), most, norm)
+    return value
 
 
 def _take_torch_adamw(part: MegatronOptimizer) -> None:

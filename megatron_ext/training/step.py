@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_ext.config import Config
 from megatron_ext.data.positions import attention_mask
 from megatron_ext.model.context import my_part
+from megatron_ext.training.optimizer import clip_gradients
 
 Batch = dict[str, torch.Tensor]
 Batches = Iterator[Batch]
@@ -60,8 +61,8 @@ def train_step(
 
     `stop_requested()` of any rank, asked behind the backward pass, comes back as `result.stop` on
     all, so that they stop together. The weights stay as they were when loss or gradient is not
-    finite, or `refuse(loss)`. The device is waited for by Megatron-Core's gradient norm and, right
-    after it, by the sum of three numbers over all ranks.
+    finite, or `refuse(loss)`. The device is waited for by the gradient norm and, right after it, by
+    the sum of three numbers over all ranks.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
@@ -70,7 +71,7 @@ def train_step(
 
     scale = optimizer.get_loss_scale().item() if config.precision.dtype == "fp16" else None
     optimizer.prepare_grads()  # which lowers the loss scale when it finds an overflow
-    grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad or math.inf)
+    grad_norm = clip_gradients(optimizer, config.optimizer.clip_grad)
     loss_sum, tokens, stop = _sum_over_ranks(losses, stop_requested())
     loss, lr = loss_sum / tokens, learning_rate(step, config)
     skipped = not (math.isfinite(grad_norm) and math.isfinite(loss)) or refuse(loss)
