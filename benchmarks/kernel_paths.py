@@ -31,6 +31,7 @@ from megatron_ext import cpu
 from megatron_ext.model.cross_entropy import chunked_cross_entropy, cross_entropy
 from megatron_ext.model.kernels import CHUNK_TOKENS, COMPILED_CHUNK_TOKENS
 from megatron_ext.model.layers import RMSNorm, SdpaAttention
+from megatron_ext.model.weight_gradient import add_weight_gradient
 from megatron_ext.rope.embedding import RotaryEmbedding, apply_rotary
 
 BETAS, EPS, LR, DECAY = (0.9, 0.95), 1e-8, 1e-3, 0.1
@@ -315,6 +316,7 @@ KERNELS: dict[str, Kernel] = {
         lambda x, gradient: gradient.detach().t() @ x.detach(),
         (
             Path("PyTorch", _weight_gradient(_add_product)),
+            Path("PyTorch, within the product", _weight_gradient(add_weight_gradient)),
             Path(
                 "apex",
                 _weight_gradient(_accumulate_by_apex),

@@ -3,7 +3,7 @@
     from megatron_ext import cpu
     cpu.prepare()          # once, before the model is built; does nothing where CUDA is available
 
-Two answers, and no other room may patch a module or a class:
+Two answers; besides, only model/weight_gradient.py may patch a module or a class:
 
 1. Functions of `torch.cuda` that can only raise on such a machine get their meaning on a CPU.
 2. Literals such as 'cuda' are constants of a few Megatron-Core functions; those constants are

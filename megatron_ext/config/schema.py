@@ -371,9 +371,9 @@ class Kernels(Section):
     fusions: Literal["auto", "compiled", "none"] = setting("auto")
     """Rotation, SwiGLU, residual addition and each pass over the logits as one kernel, made by
     torch.compile on a GPU (Transformer Engine's rotation where it can)."""
-    grad_accumulation: Literal["auto", "apex", "none"] = setting("auto")
+    grad_accumulation: Literal["auto", "apex", "torch", "none"] = setting("auto")
     """Add a weight's gradient to the sum of the micro-batches within its matrix product, by apex's
-    extension."""
+    extension or PyTorch's addmm; Transformer Engine's layers then do it themselves."""
     cross_entropy: Literal["auto", "chunked", "whole"] = setting("auto")
     """chunked makes the logits of 1,024 tokens at a time (4,096 with compiled fusions), twice: 4%
     more FLOPs for the 2B model. whole holds those of a micro-batch, which take 2 bytes each in bf16

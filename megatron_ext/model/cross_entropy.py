@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from megatron_ext.model.weight_gradient import add_weight_gradient
 from megatron_ext.rope.attention import RotaryGPTModel
 
 
@@ -47,6 +48,7 @@ class OwnLossModel(RotaryGPTModel):
             self.config.sequence_parallel,
             self.loss_chunk,
             self.compiled,
+            self.config.gradient_accumulation_fusion,
         )
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -80,13 +82,15 @@ def chunked_cross_entropy(
     sequence_parallel: bool = False,
     chunk_tokens: int = 1024,
     compiled: bool = False,
+    accumulate: bool = False,
 ) -> Tensor:
     """Losses [batch, sequence] float32 of the labels [batch, sequence] int64.
 
     hidden [sequence, batch, hidden_size] in the model's dtype, with sequence_parallel this rank's
     [sequence / tensor, ...]; weight [vocab_size / tensor, hidden_size], rank r of `group` holding
     the r-th part. Gradients of hidden and weight are summed in float32 over the chunks. compiled:
-    each pass over a chunk's logits in one kernel.
+    each pass over a chunk's logits in one kernel. accumulate: the weight's gradient is summed right
+    into its `main_grad`, where that is float32, as Megatron-Core's gradient_accumulation_fusion.
     """
     group = _several(group)
     if group is not None and sequence_parallel:
@@ -103,6 +107,7 @@ def chunked_cross_entropy(
         group,
         chunk_tokens,
         compiled,
+        accumulate,
     )
     return losses.view(sequence, batch).t().contiguous()
 
@@ -140,6 +145,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         chunk_tokens: int,
         compiled: bool,
+        accumulate: bool,
     ) -> Tensor:
         labels = _of_this_rank(labels, len(weight), group)
         reduce = _form(_reduce, compiled)
@@ -151,6 +157,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         log_sum, label_logit = _over_ranks(log_sum, label_logit, group)
         ctx.save_for_backward(hidden, weight, labels, log_sum)
         ctx.chunk_tokens, ctx.compiled = chunk_tokens, compiled
+        ctx.main_grad = getattr(weight, "main_grad", None) if accumulate else None
         return log_sum - label_logit
 
     @staticmethod
@@ -158,16 +165,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, labels, log_sum = ctx.saved_tensors
         differentiate = _form(_differentiate, ctx.compiled)
         hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        total = ctx.main_grad
+        if total is None or total.dtype != torch.float32:
+            total = torch.zeros_like(weight, dtype=torch.float32)
         rows = [x.split(ctx.chunk_tokens) for x in (hidden, labels, log_sum, loss_gradient)]
         start = 0
         for h, y, s, g in zip(*rows, strict=True):
             logits = h @ weight.t()
             differentiate(logits, y, s, g)
             torch.mm(logits, weight, out=hidden_gradient[start : start + len(h)])
-            weight_gradient += logits.t() @ h
+            add_weight_gradient(h, logits, total)
             start += len(h)
-        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None
+        weight_gradient = _added(weight) if total is ctx.main_grad else total.to(weight.dtype)
+        return hidden_gradient, weight_gradient, None, None, None, None, None
+
+
+def _added(weight: Tensor) -> Tensor:
+    """A gradient for autograd, whose hooks wait for one, when main_grad has got the true one: of
+    any content, but zeros where another layer adds its own (tied embeddings)."""
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if getattr(weight, "zero_out_wgrad", False):
+        return torch.zeros_like(weight)
+    return torch.empty_like(weight)
 
 
 def _several(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -155,11 +155,16 @@ def _compiled(config: Config, found: Found) -> str:
     return found.lacks("triton") or ("" if found.compiler else "no C compiler for Triton")
 
 
-def _fused_accumulation(config: Config, found: Found) -> str:
-    # Transformer Engine's layers could without, but the output layer is Megatron-Core's own.
+def _apex_accumulation(config: Config, found: Found) -> str:
     if config.precision.dtype == "fp32":
         return "only from 16 bits"
     return found.lacks("fused_weight_gradient_mlp_cuda")
+
+
+def _torch_accumulation(config: Config, found: Found) -> str:
+    if found.capability is None and config.precision.dtype != "fp32":
+        return "a CPU sums no products of 16 bits in fp32"
+    return ""
 
 
 # Each part's options, the fastest first; auto takes the first without an objection.
@@ -180,7 +185,11 @@ TABLE: dict[str, tuple[_Option, ...]] = {
         _Option("torch"),
     ),
     "fusions": (_Option("compiled", _compiled), _Option("none")),
-    "grad_accumulation": (_Option("apex", _fused_accumulation), _Option("none")),
+    "grad_accumulation": (
+        _Option("apex", _apex_accumulation),
+        _Option("torch", _torch_accumulation),
+        _Option("none"),
+    ),
 }
 
 

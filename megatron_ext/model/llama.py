@@ -23,6 +23,7 @@ from megatron_ext.model.cross_entropy import OwnLossModel
 from megatron_ext.model.initialization import initialize_weights
 from megatron_ext.model.kernels import choose, look, loss_chunk
 from megatron_ext.model.layers import begin_tensor_overlap, block_spec
+from megatron_ext.model.weight_gradient import take_the_place_of_apex
 from megatron_ext.rope.attention import RotaryGPTModel, RotarySelfAttention, install_rotary
 from megatron_ext.rope.embedding import RotaryEmbedding
 
@@ -89,6 +90,8 @@ def build_gpt(
     [batch, sequence / context, vocab_size / tensor].
     """
     kernels = choose(config, look())
+    if kernels.grad_accumulation.name == "torch":
+        take_the_place_of_apex()
     compiled = kernels.fusions.name == "compiled"
     chunk = loss_chunk(config, compiled)
     model_class = OwnLossModel if chunk or compiled else RotaryGPTModel
@@ -167,7 +170,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         **({} if precision.fp8 == "none" else {"fp8": "hybrid", "fp8_recipe": precision.fp8}),
         bias_activation_fusion=compiled,
         bias_dropout_fusion=compiled,
-        gradient_accumulation_fusion=kernels.grad_accumulation.name == "apex",
+        gradient_accumulation_fusion=kernels.grad_accumulation.name != "none",
         tp_comm_overlap=parallel.tensor_overlap,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -94,7 +94,9 @@ GPU_RUNS = [
     pytest.param([BF16, "kernels.optimizer=torch"], "", id="torch AdamW"),
     pytest.param([BF16, "kernels.backend=transformer_engine"], TE, id="Transformer Engine"),
     pytest.param([BF16, "kernels.optimizer=transformer_engine"], TE, id="its AdamW"),
-    pytest.param([BF16, "kernels.grad_accumulation=apex"], APEX, id="fused accumulation"),
+    pytest.param([BF16, "kernels.grad_accumulation=apex"], APEX, id="apex's accumulation"),
+    pytest.param([BF16, "kernels.grad_accumulation=torch"], "", id="PyTorch's accumulation"),
+    pytest.param([BF16, "kernels.grad_accumulation=none"], "", id="gradients added afterwards"),
     pytest.param([BF16, "precision.fp8=tensorwise"], TE, id="fp8"),
 ]  # fmt: skip
 

@@ -32,6 +32,7 @@ PLAIN = {
     "backend": "torch", "attention": "sdpa", "optimizer": "torch", "fusions": "none",
     "grad_accumulation": "none",
 }  # fmt: skip
+ADDMM = {"grad_accumulation": "torch"}
 TE = {"backend": "transformer_engine", "attention": "transformer_engine"}
 
 
@@ -45,14 +46,14 @@ TE = {"backend": "transformer_engine", "attention": "transformer_engine"}
             TE | {"optimizer": "transformer_engine", "fusions": "compiled",
                   "grad_accumulation": "apex"},
         ),
-        (machine(AMPERE, PACKAGES), {}),
-        (machine(AMPERE, [p for p in PACKAGES if p != "triton"]), {"fusions": "compiled"}),
+        (machine(AMPERE, PACKAGES), ADDMM),
+        (machine(AMPERE, [p for p in PACKAGES if p != "triton"]), ADDMM | {"fusions": "compiled"}),
         (machine(AMPERE, ["transformer_engine"]),
          {"optimizer": "apex", "fusions": "compiled", "grad_accumulation": "apex"}),
         (machine(AMPERE, ["apex", "fused_weight_gradient_mlp_cuda"]),
-         TE | {"optimizer": "transformer_engine", "fusions": "compiled"}),
-        (machine(AMPERE, PACKAGES, compiler=False), {}),
-        (machine(HOPPER, NO_TE, compiler=False), TE | {"optimizer": "transformer_engine"}),
+         TE | ADDMM | {"optimizer": "transformer_engine", "fusions": "compiled"}),
+        (machine(AMPERE, PACKAGES, compiler=False), ADDMM),
+        (machine(HOPPER, NO_TE, compiler=False), TE | ADDMM | {"optimizer": "transformer_engine"}),
     ],
 )  # fmt: skip
 def test_auto_takes_the_fastest_that_is_there(found: Found, differs: dict[str, str]) -> None:
@@ -62,7 +63,9 @@ def test_auto_takes_the_fastest_that_is_there(found: Found, differs: dict[str, s
 def test_fp32_is_left_to_pytorch() -> None:
     """Transformer Engine multiplies fp32 in TF32, and of its attentions only the unfused has it."""
     chosen = choose(config("precision.dtype=fp32"), machine(HOPPER))
-    assert names(chosen) == PLAIN | {"optimizer": "transformer_engine", "fusions": "compiled"}
+    others = {"optimizer": "transformer_engine", "fusions": "compiled"}
+    assert names(chosen) == PLAIN | ADDMM | others
+    assert names(choose(config("precision.dtype=fp32"), machine(None))) == PLAIN | ADDMM
     assert "backend torch (Transformer Engine multiplies fp32 in TF32)" in str(chosen)
 
 
@@ -83,7 +86,8 @@ def test_the_line_of_the_log_says_why() -> None:
     assert "cross_entropy whole" in line
     alone = str(choose(config(), machine(None)))
     assert alone.startswith("backend torch, attention sdpa, optimizer torch, fusions none")
-    assert alone.count("no GPU") == 1
+    assert alone.count("no GPU") == 2
+    assert "grad_accumulation none (no GPU and a CPU sums no products of 16 bits in fp32)" in alone
     asked = str(choose(config("kernels.attention=flash"), machine(AMPERE)))
     assert "attention flash (kernels.attention=flash)" in asked
 
@@ -121,6 +125,7 @@ def test_a_forced_choice_that_is_missing_is_refused_with_the_way_to_get_it(packa
         (["kernels.attention=cudnn", "precision.dtype=fp32"], machine(HOPPER), "has no fp32"),
         (["kernels.attention=flash_attn", "parallel.context=2"], machine(HOPPER), "SDPA chooses"),
         (["kernels.grad_accumulation=apex", "precision.dtype=fp32"], machine(HOPPER), "16 bits"),
+        (["kernels.grad_accumulation=torch"], machine(None), "a CPU sums no products of 16 bits"),
         (["kernels.attention=transformer_engine", "precision.dtype=fp32"], machine(HOPPER),
          r"transformer_engine cannot be had \(its fused attention has no fp32\)"),
         (["kernels.backend=transformer_engine", "precision.dtype=fp32"], machine(HOPPER),
