@@ -16,6 +16,7 @@ def in_layout(config: Config, tensor: int, pipeline: int) -> Config:
         "tensor": tensor,
         "pipeline": pipeline,
         "virtual_pipeline": 1,
+        "overlap_p2p_comm": None,
         "first_stage_layers": None,
         "last_stage_layers": None,
         "context": 1,

@@ -149,6 +149,11 @@ def check_tensor(config: Config) -> None:
 def check_pipeline(config: Config) -> None:
     """Layers split over the stages, and those of a stage over its chunks."""
     parallel, layers = config.parallel, config.model.num_layers
+    if parallel.overlap_p2p_comm and parallel.virtual_pipeline == 1:
+        raise ConfigError(
+            "parallel.overlap_p2p_comm=true overlaps the messages of interleaved stages, but "
+            "parallel.virtual_pipeline=1: raise it, or leave the setting out"
+        )
     if parallel.pipeline == 1:
         for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
             if getattr(parallel, name) not in (1, None):
@@ -183,6 +188,12 @@ def check_pipeline(config: Config) -> None:
             f"parallel.virtual_pipeline={chunks} does not divide the layers of every stage, "
             f"{' + '.join(map(str, stages))}: "
             f"{_choose(divisors(math.gcd(*stages)), chunks)}, or change parallel.pipeline"
+        )
+    if parallel.overlap_p2p_comm is False and chunks > 1 and parallel.pipeline == 2:
+        raise ConfigError(
+            "parallel.overlap_p2p_comm=false sends forward and backward in one batch, whose "
+            "messages parallel.pipeline=2 interleaved stages cannot tell apart: leave the setting "
+            "out, or set parallel.virtual_pipeline=1"
         )
 
 

@@ -311,6 +311,9 @@ class Parallel(Section):
         None, gt=0, unit="parameters", unset="40 million, or 1 million a data-parallel rank if more"
     )
     """Weights of one bucket. Smaller ones begin earlier, larger ones use the network better."""
+    overlap_p2p_comm: bool | None = setting(None, unset="true with virtual_pipeline, else false")
+    """Send and receive what pipeline stages exchange while the next chunk computes; needs
+    virtual_pipeline."""
     tensor_overlap: bool = setting(False)
     """Overlap the communication of tensor parallelism with the matrix products; needs
     parallel.sequence and Transformer Engine, and before Hopper UB_SKIPMC=1 in the environment."""

@@ -128,6 +128,9 @@ def transformer_config(config: Config) -> TransformerConfig:
     compiled = kernels.fusions.name == "compiled"
     precision = config.precision
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.dtype]
+    overlap_p2p_comm = parallel.overlap_p2p_comm
+    if overlap_p2p_comm is None:
+        overlap_p2p_comm = parallel.virtual_pipeline > 1
     last_stage_layers = parallel.last_stage_layers
     if parallel.pipeline == 2 and parallel.first_stage_layers is not None:
         # It follows; said as well, Megatron-Core 0.16.1 divides by the number of stages between
@@ -185,6 +188,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         deallocate_pipeline_outputs=True,
+        overlap_p2p_comm=overlap_p2p_comm,
         # One fused call for both directions is NCCL's way against deadlock.
-        batch_p2p_comm=gpu,
+        batch_p2p_comm=gpu and not overlap_p2p_comm,
     )

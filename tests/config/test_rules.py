@@ -59,6 +59,15 @@ def test_a_valid_config_has_no_warnings() -> None:
             {"parallel__overlap_param_gather": True, "parallel__distributed_optimizer": True},
             "overlap_param_gather=true needs parallel.overlap_grad_reduce=true",
         ),
+        (
+            {"parallel__overlap_p2p_comm": True, "parallel__pipeline": 2},
+            "of interleaved stages, but parallel.virtual_pipeline=1: raise it",
+        ),
+        (
+            {"parallel__overlap_p2p_comm": False, "parallel__pipeline": 2,
+             "parallel__virtual_pipeline": 2},
+            "cannot tell apart: leave the setting out, or set parallel.virtual_pipeline=1",
+        ),
         ({"parallel__tensor_overlap": True}, "tensor_overlap=true needs parallel.sequence=true"),
         ({"precision__fp8": "mxfp8", "precision__dtype": "fp16"}, "mxfp8 needs precision.dtype=bf"),
         (

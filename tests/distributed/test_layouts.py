@@ -61,6 +61,8 @@ LAYOUTS = [
             ("PP4 first stage 1, last 3", 4, [PP4, "parallel.first_stage_layers=1",
                                               "parallel.last_stage_layers=3"]),
             ("PP2 VPP2", 2, [PP2, VPP2]),
+            ("PP4 VPP2, messages not overlapped", 4,
+             [PP4, VPP2, "parallel.overlap_p2p_comm=false"]),
             ("PP2 VPP4", 2, [PP2, "parallel.virtual_pipeline=4"]),
             ("PP4 VPP2", 4, [PP4, VPP2]),
             ("PP2 VPP2 uneven 2+6", 2, [PP2, VPP2, "parallel.first_stage_layers=2",
