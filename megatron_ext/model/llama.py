@@ -187,7 +187,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         recompute_num_layers=1 if config.training.recompute == "full" else None,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        deallocate_pipeline_outputs=True,
+        # Overlapped, Megatron-Core 0.16.1 would do so before they are sent (schedules.py:1600).
+        deallocate_pipeline_outputs=not overlap_p2p_comm,
         overlap_p2p_comm=overlap_p2p_comm,
         # One fused call for both directions is NCCL's way against deadlock.
         batch_p2p_comm=gpu and not overlap_p2p_comm,
