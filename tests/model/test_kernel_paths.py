@@ -1,12 +1,14 @@
 """Every way to compute a kernel, output and gradients, against its formula in float64."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from math import isnan
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.kernel import SMALL, TOLERANCE, differences, lacking, placed, prepared
+from benchmarks.kernel import SMALL, TOLERANCE, difference, function, lacking, placed, prepared
 from benchmarks.kernel_paths import KERNELS, one_process
 
 PATHS = [
@@ -33,7 +35,23 @@ def test_output_and_gradients_are_those_of_the_formula(kernel, path, dtype, devi
         pytest.skip(missing)
     if dtype not in path.dtypes:
         pytest.skip(f"this way does not take {dtype}")
-    assert max(differences(kernel, path, SMALL, device, dtype)) < TOLERANCE[dtype]
+    assert difference(kernel, path, SMALL, device, dtype) < TOLERANCE[dtype]
+
+
+def test_a_gradient_that_is_no_number_is_seen_behind_a_sound_output() -> None:
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            return torch.nn.functional.linear(x, weight)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            of_weight = torch.zeros(2 * SMALL.ffn, SMALL.hidden)
+            return torch.full((SMALL.tokens, SMALL.hidden), torch.nan), of_weight
+
+    linear = KERNELS["linear"]
+    path = replace(linear.paths[0], build=function(Bad.apply))
+    assert isnan(difference(linear, path, SMALL, torch.device("cpu"), torch.float32))
 
 
 class Operators(TorchDispatchMode):
