@@ -35,7 +35,7 @@ MANY_LOGITS = 1 << 30
 # Import name of each optional package -> how to get it.
 PACKAGES = {
     "transformer_engine": "pip install --no-build-isolation "
-    "'transformer-engine[core_cu13,pytorch]>=2.9,<2.12' (CUDA 12: core_cu12)",
+    "'transformer-engine[core-cu13,pytorch]>=2.9,<2.12' (CUDA 12: core-cu12)",
     "flash_attn": "pip install --no-build-isolation flash-attn",
     "apex": "build it from source, see docs/install-gpu.md",
     "fused_weight_gradient_mlp_cuda": "build apex with its CUDA extensions, see "
