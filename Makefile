@@ -2,6 +2,7 @@
 #   make demo CORPUS=my_texts/       the demo on your own files (.txt, .jsonl, a folder)
 #   make test-slow                   everything, the long tests too
 #   make test-gpu                    the tests that need a GPU, on one
+#   make test-simulated-gpu          the way of a GPU, with a CUDA build of torch and no GPU
 #   make test-slurm                  jobs on a real Slurm: apt-get install slurmctld slurmd munge
 #   make chaos ROUNDS=100            kill a training run so often, and compare it with one left alone
 #   make lint                        ruff and mypy
@@ -13,11 +14,11 @@ INSTALLED := $(VENV)/.installed
 # Tests that share a file share its costly fixtures; in the order of tests/conftest.py.
 BOTH_CORES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-gpu chaos test-slurm lint format docs clean
+.PHONY: demo test test-slow test-gpu test-simulated-gpu chaos test-slurm lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,7s/^# \{0,1\}//p' Makefile
+	@sed -n '1,8s/^# \{0,1\}//p' Makefile
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m megatron_ext.study.demo $(if $(CORPUS),--corpus "$(CORPUS)")
@@ -30,6 +31,9 @@ test-slow: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	@$(BIN)/python -m pytest -m gpu
+
+test-simulated-gpu: $(INSTALLED)
+	@$(BIN)/python -m pytest tests/simulated_gpu
 
 test-slurm: $(INSTALLED)
 	@$(BIN)/python -m pytest -m "slurm and not slow"

@@ -1,0 +1,17 @@
+"""python -m tests.simulated_gpu COMMAND ...: see library.py."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.simulated_gpu.library import build, environment
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        print("usage: python -m tests.simulated_gpu COMMAND ...", file=sys.stderr)
+        sys.exit(2)
+    library = build(Path(tempfile.mkdtemp(prefix="simulated_gpu_")))
+    command = sys.argv[1:]
+    capability = os.environ.get("SIMULATED_GPU_CAPABILITY", "8.0")
+    os.execvpe(command[0], command, environment(library, capability))
