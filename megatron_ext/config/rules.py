@@ -191,9 +191,9 @@ def check_pipeline(config: Config) -> None:
         )
     if parallel.overlap_p2p_comm is False and chunks > 1 and parallel.pipeline == 2:
         raise ConfigError(
-            "parallel.overlap_p2p_comm=false sends forward and backward in one batch, whose "
-            "messages parallel.pipeline=2 interleaved stages cannot tell apart: leave the setting "
-            "out, or set parallel.virtual_pipeline=1"
+            "parallel.overlap_p2p_comm=false sends activations and gradients in one batch, with "
+            "parallel.pipeline=2 to the same rank, which would mistake them for each other: leave "
+            "the setting out, or set parallel.virtual_pipeline=1"
         )
 
 

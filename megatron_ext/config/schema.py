@@ -313,7 +313,8 @@ class Parallel(Section):
     """Weights of one bucket. Smaller ones begin earlier, larger ones use the network better."""
     overlap_p2p_comm: bool | None = setting(None, unset="true with virtual_pipeline, else false")
     """Send and receive what pipeline stages exchange while the next chunk computes; needs
-    virtual_pipeline."""
+    virtual_pipeline. Each chunk's output then stays until its backward pass, 2 hidden_size bytes a
+    token in 16 bits."""
     tensor_overlap: bool = setting(False)
     """Overlap the communication of tensor parallelism with the matrix products; needs
     parallel.sequence and Transformer Engine, and before Hopper UB_SKIPMC=1 in the environment."""
@@ -376,7 +377,7 @@ class Kernels(Section):
     torch.compile on a GPU (Transformer Engine's rotation where it can)."""
     grad_accumulation: Literal["auto", "apex", "torch", "none"] = setting("auto")
     """Add a weight's gradient to the sum of the micro-batches within its matrix product, by apex's
-    extension or PyTorch's addmm; Transformer Engine's layers then do it themselves."""
+    extension or PyTorch's addmm. Layers of Transformer Engine do it themselves with either."""
     cross_entropy: Literal["auto", "chunked", "whole"] = setting("auto")
     """chunked makes the logits of 1,024 tokens at a time (4,096 with compiled fusions), twice: 4%
     more FLOPs for the 2B model. whole holds those of a micro-batch, which take 2 bytes each in bf16

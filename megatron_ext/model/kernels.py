@@ -161,9 +161,12 @@ def _apex_accumulation(config: Config, found: Found) -> str:
     return found.lacks("fused_weight_gradient_mlp_cuda")
 
 
+_ON_A_CPU = "a CPU adds no products of 16 bits to a sum of 32"
+
+
 def _torch_accumulation(config: Config, found: Found) -> str:
     if found.capability is None and config.precision.dtype != "fp32":
-        return "a CPU sums no products of 16 bits in fp32"
+        return _ON_A_CPU
     return ""
 
 
@@ -315,6 +318,8 @@ def _choose(part: str, wanted: str, config: Config, found: Found) -> Choice:
 
 def _way_out(reason: str) -> str:
     """How to get what the reason says is missing."""
+    if reason == _ON_A_CPU:
+        return "set precision.dtype=fp32"
     if "fp32" in reason:
         return "set precision.dtype=bf16"
     package = reason.split(" is ")[0]

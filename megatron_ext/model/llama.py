@@ -32,6 +32,11 @@ def build_model(config: Config) -> list[DistributedDataParallel]:
     """This rank's stage and shard with its initial weights, inside Megatron-Core's gradient
     reduction (DistributedDataParallel)."""
     transformer = transformer_config(config)
+    # Not in transformer_config: weights without gradient buffers have no sum to add to.
+    accumulation = choose(config, look()).grad_accumulation.name
+    transformer.gradient_accumulation_fusion = accumulation != "none"
+    if accumulation == "torch":
+        take_the_place_of_apex()
     if config.parallel.tensor_overlap:
         begin_tensor_overlap(config, transformer.params_dtype)
     chunks = build_chunks(config, transformer)
@@ -90,8 +95,6 @@ def build_gpt(
     [batch, sequence / context, vocab_size / tensor].
     """
     kernels = choose(config, look())
-    if kernels.grad_accumulation.name == "torch":
-        take_the_place_of_apex()
     compiled = kernels.fusions.name == "compiled"
     chunk = loss_chunk(config, compiled)
     model_class = OwnLossModel if chunk or compiled else RotaryGPTModel
@@ -173,7 +176,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         **({} if precision.fp8 == "none" else {"fp8": "hybrid", "fp8_recipe": precision.fp8}),
         bias_activation_fusion=compiled,
         bias_dropout_fusion=compiled,
-        gradient_accumulation_fusion=kernels.grad_accumulation.name != "none",
+        gradient_accumulation_fusion=False,
         tp_comm_overlap=parallel.tensor_overlap,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -206,6 +206,7 @@ def _cut(pipeline: int, chunks: int, ends: int | None) -> dict[str, int | None]:
     return {
         "pipeline": pipeline,
         "virtual_pipeline": chunks,
+        "overlap_p2p_comm": None,
         "first_stage_layers": ends,
         "last_stage_layers": ends,
     }

@@ -51,8 +51,8 @@ def build_optimizer(model: list[DistributedDataParallel], config: Config) -> Meg
 
 
 def clip_gradients(optimizer: MegatronOptimizer, most: float) -> float:
-    """Scale all gradients so that their global 2-norm is at most `most`, unless that is 0 or the
-    norm is not finite; returns the norm before. Collective, and waits for the device once.
+    """Scale all gradients so that their global 2-norm is at most `most`, unless `most` is 0 or the
+    norm not finite; returns the norm before. Collective, and waits for the device once.
 
     Megatron-Core's own clipping is as good with Transformer Engine or apex only. Without them it
     waits for the device once a weight, and writes every gradient twice.

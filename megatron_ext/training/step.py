@@ -61,9 +61,9 @@ def train_step(
 
     `stop_requested()` of any rank, asked behind the backward pass, comes back as `result.stop` on
     all, so that they stop together. The weights stay as they were when loss or gradient is not
-    finite, or `refuse(loss)`. The device is waited for three times behind the backward pass: by
-    Megatron-Core's count of tokens, the gradient norm and the sum of three numbers over all ranks;
-    in fp16 twice more, for the loss scale and whether it was too high.
+    finite, or `refuse(loss)`. Behind the backward pass the device is waited for by Megatron-Core's
+    count of tokens (once a model chunk), the gradient norm and the sum of three numbers over all
+    ranks; in fp16 twice more, for the loss scale and whether it was too high.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
@@ -188,10 +188,10 @@ def _sum_over_ranks(
     losses: list[dict[str, torch.Tensor]], stop_requested: bool = False
 ) -> tuple[float, float, float]:
     """Loss sum, tokens and stop requests over the whole world: one small collective a step."""
-    numbers = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    told = torch.tensor([0.0, 0.0, float(stop_requested)], dtype=torch.float64)
+    numbers = told.to(torch.cuda.current_device(), non_blocking=True)
     # The last stage holds the losses, the same on each of its tensor-parallel ranks.
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
         numbers[:2] = torch.stack([entry["loss"] for entry in losses]).double().sum(0)
-    numbers[2].fill_(float(stop_requested))  # assigned, it would be copied, and waited for
     dist.all_reduce(numbers)
     return tuple(numbers.tolist())  # type: ignore[return-value]

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.config import Config, load_config, rope_verdict, validate
+from megatron_ext.config.layout import in_layout
 from megatron_ext.config.rules import short_number
 from megatron_ext.errors import ConfigError
 
@@ -66,7 +67,7 @@ def test_a_valid_config_has_no_warnings() -> None:
         (
             {"parallel__overlap_p2p_comm": False, "parallel__pipeline": 2,
              "parallel__virtual_pipeline": 2},
-            "cannot tell apart: leave the setting out, or set parallel.virtual_pipeline=1",
+            "for each other: leave the setting out, or set parallel.virtual_pipeline=1",
         ),
         ({"parallel__tensor_overlap": True}, "tensor_overlap=true needs parallel.sequence=true"),
         ({"precision__fp8": "mxfp8", "precision__dtype": "fp16"}, "mxfp8 needs precision.dtype=bf"),
@@ -266,3 +267,11 @@ def test_a_violation_may_be_a_warning() -> None:
 def test_numbers_are_shown_as_a_person_writes_them(number: float, text: str) -> None:
     assert short_number(number) == text
     assert float(text) == number
+
+
+def test_a_run_of_overlapped_stages_is_read_in_other_layouts() -> None:
+    overlapped = config(
+        parallel__pipeline=2, parallel__virtual_pipeline=2, parallel__overlap_p2p_comm=True
+    )
+    for pipeline in (1, 2):
+        assert in_layout(overlapped, tensor=1, pipeline=pipeline).parallel.pipeline == pipeline

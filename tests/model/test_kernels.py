@@ -87,7 +87,7 @@ def test_the_line_of_the_log_says_why() -> None:
     alone = str(choose(config(), machine(None)))
     assert alone.startswith("backend torch, attention sdpa, optimizer torch, fusions none")
     assert alone.count("no GPU") == 2
-    assert "grad_accumulation none (no GPU and a CPU sums no products of 16 bits in fp32)" in alone
+    assert "grad_accumulation none (no GPU and a CPU adds no products of 16 bits to a s" in alone
     asked = str(choose(config("kernels.attention=flash"), machine(AMPERE)))
     assert "attention flash (kernels.attention=flash)" in asked
 
@@ -125,7 +125,8 @@ def test_a_forced_choice_that_is_missing_is_refused_with_the_way_to_get_it(packa
         (["kernels.attention=cudnn", "precision.dtype=fp32"], machine(HOPPER), "has no fp32"),
         (["kernels.attention=flash_attn", "parallel.context=2"], machine(HOPPER), "SDPA chooses"),
         (["kernels.grad_accumulation=apex", "precision.dtype=fp32"], machine(HOPPER), "16 bits"),
-        (["kernels.grad_accumulation=torch"], machine(None), "a CPU sums no products of 16 bits"),
+        (["kernels.grad_accumulation=torch"], machine(None),
+         r"a CPU adds no products of 16 bits to a sum of 32\): set precision\.dtype=fp32, or set"),
         (["kernels.attention=transformer_engine", "precision.dtype=fp32"], machine(HOPPER),
          r"transformer_engine cannot be had \(its fused attention has no fp32\)"),
         (["kernels.backend=transformer_engine", "precision.dtype=fp32"], machine(HOPPER),

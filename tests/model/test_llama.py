@@ -129,3 +129,17 @@ def test_initial_weights_have_the_asked_spread(here) -> None:
     assert not torch.equal(first, second)
     gate, up = first.chunk(2)
     assert not torch.equal(gate, up)
+
+
+def test_overlapped_messages_are_not_sent_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-Core refuses both at once in the first step; batches are for NCCL alone."""
+    from megatron_ext.config import Config
+    from megatron_ext.model.llama import transformer_config
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for chunks in (1, 2):
+        given = settings(num_layers=4)
+        given["parallel"] = {"world_size": 4, "pipeline": 2, "virtual_pipeline": chunks}
+        made = transformer_config(Config.model_validate(given))
+        assert (made.overlap_p2p_comm, made.batch_p2p_comm) == (chunks > 1, chunks == 1)
+        assert made.deallocate_pipeline_outputs == (chunks == 1)

@@ -1,6 +1,7 @@
 """python -m tests.simulated_gpu COMMAND ...: see library.py."""
 
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -11,7 +12,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         print("usage: python -m tests.simulated_gpu COMMAND ...", file=sys.stderr)
         sys.exit(2)
-    library = build(Path(tempfile.mkdtemp(prefix="simulated_gpu_")))
-    command = sys.argv[1:]
     capability = os.environ.get("SIMULATED_GPU_CAPABILITY", "8.0")
-    os.execvpe(command[0], command, environment(library, capability))
+    with tempfile.TemporaryDirectory() as folder:
+        here = environment(build(Path(folder)), capability)
+        sys.exit(subprocess.run(sys.argv[1:], env=here).returncode)

@@ -95,5 +95,4 @@ def _declared(include: list[Path]) -> set[str]:
         names |= set(re.findall(r"\b((?:cu[A-Z]|cuda[A-Z]|cublas[A-Z]|nccl[A-Z])\w*)\s*\(", text))
         # Names under which a function is linked: cuLinkCreate is cuLinkCreate_v2.
         names |= set(re.findall(r"#define\s+cu\w+\s+(cu\w+_v\d+)\b", text))
-    # cublas_v2.h has what cublas_api.h declares already.
     return {name for name in names if not name.endswith("_t")}

@@ -2,7 +2,7 @@
 
     python -m tests.simulated_gpu python -m tests.simulated_gpu.one_step CONFIG [a.b=c ...]
 
-    {"kernels": {name: launches}, "copies": [[bytes, direction]], "waits": 4, "peak_bytes": ...}
+    {"kernels": {name: launches}, "copies": [[bytes, direction]], "waits": 3, "peak_bytes": ...}
 
 direction: 1 to the GPU, 2 from it, 3 within it. peak_bytes is PyTorch's allocator's.
 """

@@ -32,7 +32,8 @@ typedef struct { unsigned short bits; } __half, __nv_bfloat16;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread int device;
 
-/* The trace: a line for each kernel, copy and wait, between these two calls. */
+/* The trace between these two calls: a line for each copy, wait and kernel, of cuBLAS's the products
+ * that a model's layers take. */
 
 static FILE *trace;
 
@@ -145,8 +146,10 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpy
 /* The device */
 
 static int capability(int minor) {
-    const char *text = getenv("SIMULATED_GPU_CAPABILITY"); /* such as 8.0 */
-    return text ? text[minor ? 2 : 0] - '0' : (minor ? 0 : 8);
+    int parts[2] = {8, 0};
+    const char *text = getenv("SIMULATED_GPU_CAPABILITY");
+    if (text) sscanf(text, "%d.%d", &parts[0], &parts[1]);
+    return parts[minor];
 }
 
 cudaError_t cudaGetDeviceCount(int *count) { *count = 8; return OK; }
