@@ -176,7 +176,6 @@ def transformer_config(config: Config) -> TransformerConfig:
         **({} if precision.fp8 == "none" else {"fp8": "hybrid", "fp8_recipe": precision.fp8}),
         bias_activation_fusion=compiled,
         bias_dropout_fusion=compiled,
-        gradient_accumulation_fusion=False,
         tp_comm_overlap=parallel.tensor_overlap,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

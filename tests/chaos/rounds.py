@@ -53,7 +53,7 @@ class Report:
             lines.append(f"| {strike} | " + " | ".join(cells) + " |")
         lines += [
             f"survived {self.survived.total()} of {self.struck.total()} rounds; "
-            f"{self.finished} runs of {STEPS} steps came to their end",
+            f"{self.finished} runs came to their end",
             f"{self.compared} logged steps compared; largest difference of a loss "
             f"{self.largest_difference:g}",
             *self.failures,
@@ -268,9 +268,9 @@ logging: {{interval: 1}}
 """
 
 
-def write_config(folder: Path, corpus: Path) -> Path:
+def write_config(folder: Path, corpus: Path, steps: int = STEPS) -> Path:
     file = folder / "chaos.yaml"
     file.write_text(
-        CONFIG.format(corpus=corpus, steps=STEPS, save=SAVE, keep=SAVE * 8, evaluate=EVALUATE)
+        CONFIG.format(corpus=corpus, steps=steps, save=SAVE, keep=SAVE * 8, evaluate=EVALUATE)
     )
     return file
