@@ -131,7 +131,8 @@ def test_where_kernels_are_compiled_so_is_the_loss(settings, name, compiled_name
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        (1, []),
+        # The fast tests have chunks on four processes in tests/distributed.
+        pytest.param(1, [], marks=pytest.mark.slow),
         pytest.param(2, ["parallel.tensor=2", "parallel.sequence=true"], marks=pytest.mark.slow),
         pytest.param(2, ["parallel.tensor=2"], marks=pytest.mark.slow),
         pytest.param(
