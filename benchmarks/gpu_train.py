@@ -158,10 +158,15 @@ def take_turn(worker: Worker, steps: int, first: bool) -> None:
 
 def finish(worker: Worker, mine: Measured) -> None:
     """Take its figures; the process ends."""
-    profile = worker.profile() if worker.name == "ours" else None
-    ended = worker.close()
-    mine.seconds, mine.results, mine.profile = worker.seconds, worker.results, profile
-    mine.peak_gb, mine.parameters = ended["peak_gb"], ended["parameters"]
+    figures = worker.figures()
+    mine.seconds, mine.results = worker.seconds, worker.results
+    mine.peak_gb, mine.parameters = figures["peak_gb"], figures["parameters"]
+    if worker.name == "ours":
+        try:
+            mine.profile = worker.profile()
+        except RuntimeError as error:  # a profiler without leave, or that brings the process down
+            print(f"\nno profile of ours: {error}", flush=True)
+    worker.kill()
 
 
 def report(name: str, case: Case, measured: dict[str, Measured], toy: bool) -> dict[str, Any]:

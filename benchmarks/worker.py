@@ -60,9 +60,13 @@ class Worker:
         """Where the time of one step goes."""
         return Profile(**self._ask("profile"))
 
+    def figures(self) -> dict[str, Any]:
+        """Parameters and peak memory so far."""
+        return self._ask("figures")
+
     def close(self) -> dict[str, Any]:
-        """Parameters and peak memory; the process ends."""
-        answer = self._ask("end")
+        """The same; the process ends."""
+        answer = self.figures()
         self.kill()
         return answer
 
@@ -131,10 +135,9 @@ def _answer_all(name: str, case: Case) -> None:
             if gpu:
                 torch.cuda.empty_cache()
             _say({})
-        elif word == "end":
+        elif word == "figures":
             peak = torch.cuda.max_memory_allocated() if gpu else _resident()
             _say({"parameters": parameters, "peak_gb": peak / 1e9, "torch": torch.__version__})
-            return
 
 
 def _say(answer: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.contenders import BUILDERS, Case, peer_step
-from benchmarks.gpu_train import TOY
+from benchmarks.gpu_train import TOY, Measured, finish
 from benchmarks.kernel_paths import KERNELS
 from benchmarks.step_profile import by_category, covered, longest_of, profiled
 from benchmarks.worker import Worker
@@ -45,6 +45,24 @@ def test_a_training_step_beside_its_peers(tmp_path: Path) -> None:
     assert found["profile_us"]["matrix products"] > 0
     assert found["profile_us"]["attention"] > 0
     assert "| no kernel running | " in shown
+
+
+@pytest.mark.slow
+def test_a_profiler_that_brings_the_process_down_takes_no_figure_with_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    profile = Worker.profile
+
+    def killed(worker: Worker) -> object:
+        os.killpg(worker.process.pid, signal.SIGKILL)
+        return profile(worker)
+
+    monkeypatch.setattr(Worker, "profile", killed)
+    worker, mine = Worker("ours", TOY["toy"]), Measured()
+    worker.step()
+    finish(worker, mine)
+    assert len(mine.seconds) == 1 and mine.peak_gb > 0 and mine.profile is None
+    assert "no profile of ours: died" in capsys.readouterr().out
 
 
 @pytest.mark.slow
