@@ -1,4 +1,4 @@
-"""python -m tests.simulated_gpu COMMAND ...: see library.py."""
+"""python -m tests.simulated_gpu COMMAND ...: see runtime.py."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.simulated_gpu.library import build, environment
+from tests.simulated_gpu.runtime import build, environment
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:

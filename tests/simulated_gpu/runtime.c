@@ -3,7 +3,7 @@
  * Device memory is the host's and starts as zeros, small blocks as 0x3f bytes: finite and positive
  * numbers in every format, as a loss and a norm have to be. Copies are made; kernels, fills, cuBLAS
  * and NCCL calls compute nothing. A collective is one rank's: input becomes output. Whatever is not
- * written here does nothing and succeeds (library.py). cuDNN is not simulated.
+ * written here does nothing and succeeds (runtime.py). cuDNN is not simulated.
  */
 #define _GNU_SOURCE
 /* These want headers that torch's wheels do not bring; of them only the types' names are needed. */

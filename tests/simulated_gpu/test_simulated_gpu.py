@@ -1,5 +1,5 @@
 """The way of a GPU without one: real CUDA builds of torch and Triton on a runtime that computes
-nothing (library.py). What runs, and what a step asks of the GPU; no number here means anything."""
+nothing (runtime.py). What runs, and what a step asks of the GPU; no number here means anything."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, metrics
-from tests.simulated_gpu.library import build, environment
+from tests.simulated_gpu.runtime import build, environment
 
 pytestmark = [
     pytest.mark.slow,
